@@ -9,6 +9,7 @@ tokenizer, a rendered prompt.
 import argparse
 import math
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -109,12 +110,13 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
-    def run(self, main):
+    def run(self, main, argv=None):
         """Parse the command line and call main(args); what a user can mend becomes one line and exit code 2."""
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
         try:
-            main(self.parse_args())
+            main(self.parse_args(argv))
         except UserError as e:
             self.error(e)
 
@@ -123,6 +125,13 @@ def positive(text):
     """argparse type: an integer ≥ 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
+    return int(text)
+
+
+def natural(text):
+    """argparse type: an integer ≥ 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative: {text}")
     return int(text)
 
 
@@ -230,12 +239,17 @@ def main(args):
         pass
 
 
-if __name__ == "__main__":
-    parser = Parser(description=__doc__.splitlines()[0])
+def build_parser():
+    """The command line."""
+    parser = Parser(prog="sample.py", description="Talk to a model: python sample.py --model out/jv --prompt '…'")
     add_model_flags(parser)
     parser.add_argument("--prompt", help="one query; without it: interactive, an empty line ends")
     parser.add_argument("--max-new-tokens", type=positive, default=128)
     parser.add_argument("--temperature", type=number(0), default=0.0, help="0: greedy")
-    parser.add_argument("--top-k", type=int, default=0)
+    parser.add_argument("--top-k", type=natural, default=0)
     parser.add_argument("--top-p", type=number(0, 1, open_low=True), default=1.0)
-    parser.run(main)
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().run(main)

@@ -469,6 +469,12 @@ def test_a_token_only_the_student_rules_out_is_finite(divergence):
     assert student.grad.isfinite().all() and student.grad[0, 2] == 0
 
 
+def test_a_token_only_the_teacher_rules_out_costs_without_bound_under_reverse_kl():
+    teacher = torch.tensor([[1.0, 0.5, -INF]])
+    assert dpsw_loss(torch.tensor([[0.3, 1.0, 0.0]]), teacher, weighting="none")[0].item() > 1e30  # inf by the formula
+    assert dpsw_loss(torch.tensor([[0.3, 1.0, 0.0]]), teacher, weighting="none", divergence="jsd")[0].item() < 0.7
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_huge_logits_neither_overflow_nor_lose_the_gradient(divergence):
     student = torch.tensor([[3e4, 0.0, -3e4], [1.0, 2.0, 3e4]], requires_grad=True)
@@ -689,17 +695,20 @@ def test_chunked_under_no_grad_gives_the_same_numbers_and_no_graph():
     assert_same(got, (want[0].detach(), want[1]), args[5])
 
 
-def test_chunked_reaches_weights_that_the_heads_own_weight_was_computed_from():
+@pytest.mark.parametrize("merged", ("inside", "outside"))
+def test_chunked_reaches_the_weights_that_a_heads_weight_is_computed_from(merged):
     *args, _, _ = setting(10)
     g = torch.Generator().manual_seed(7)
     a, b = torch.randn(V, 2, generator=g).requires_grad_(), torch.randn(2, H, generator=g).requires_grad_()
     base = torch.randn(V, H, generator=g)
 
-    def total(loss_fn, **kw):  # a LoRA head, its weight merged once and outside the head
+    def total(loss_fn, **kw):  # a LoRA head, its weight merged at every call or once
         weight = base + a @ b
-        return loss_fn(*args[:2], lambda h: h @ weight.T, *args[3:], **kw)[0]
+        head = (lambda h: h @ weight.T) if merged == "outside" else (lambda h: h @ (base + a @ b).T)
+        return loss_fn(*args[:2], head, *args[3:], **kw)[0] + 0.1 * (weight ** 2).sum()
     want = torch.autograd.grad(total(dense), [args[0], a, b])
-    assert_grads(torch.autograd.grad(total(dpsw_loss_chunked, chunk_size=3), [args[0], a, b]), want)
+    for chunk_size in (3, 64):
+        assert_grads(torch.autograd.grad(total(dpsw_loss_chunked, chunk_size=chunk_size), [args[0], a, b]), want)
     total(dpsw_loss_chunked, chunk_size=3).backward()
     assert_grads([args[0].grad, a.grad, b.grad], want)
 

@@ -103,7 +103,7 @@ def test_greedy_equals_generate_alone_and_in_a_ragged_batch(family):
     assert len({tuple(r) for r in got}) == len(PROMPTS) and max(len(set(r)) for r in got) > 4  # not one token repeated
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + ("mistral", "gemma2"))
 @pytest.mark.parametrize("as_type", (list, set, tuple))
 def test_greedy_equals_generate_with_several_stop_ids(family, as_type):
     model = make_model(family)

@@ -1,0 +1,520 @@
+"""Multilingual Safety Alignment via Self-Distillation (MSD, arXiv 2605.02971) in one flat loop: python msd.py --lang jv
+
+One model is student and teacher. The student sees a query in the target language; the teacher, the same model, sees it
+in English with an instruction to judge its safety first. A response is sampled from the student (--policy on) or from
+the teacher (off), and the student learns the teacher's distribution on every response token, by a reverse KL weighted
+with DPSW (dpsw.py). Only parallel *queries* are needed. The box is `train`.
+
+Ours, not the paper's (only its abstract could be read; the README's table has the source of every piece): AdamW with a
+constant rate after a warm-up, benign queries in every batch, the teacher prompts, all hyper-parameters. Left out:
+several GPUs, replay, reward or judge models in the loop. Everything random is a function of (seed, step), so a resumed
+run needs no random state. The one-token shift is made in `response_hidden` and nowhere else.
+"""
+import argparse
+import copy
+import itertools
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+import weakref
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import eval as evaluation
+from data.queries import load_queries, split
+from dpsw import dpsw_loss_chunked
+from sample import (Parser, UserError, add_model_flags, encode_chat, find_device, find_stop_ids, load_model, natural,
+                    need, number, positive, sample)
+
+PROMPTS = Path(__file__).parent / "data" / "prompts"
+LANGUAGES = json.loads((PROMPTS / "languages.json").read_text())
+JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
+
+
+# --- scoring: the logits of response tokens ---
+
+def find_head(model):
+    """(decoder, head): model(x).logits = head(decoder(x).last_hidden_state), scaled and capped as the model does."""
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    config, linear = model.config.get_text_config(), model.get_output_embeddings()
+    scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)  # scale: Cohere, Granite; cap: Gemma
+
+    def head(hidden):  # (n, H) -> (n, V)
+        logits = linear(hidden) * scale if scale != 1 else linear(hidden)
+        return torch.tanh(logits / cap) * cap if cap else logits
+    return model.base_model, head
+
+
+def forward_rows(model, rows, packed, hidden):
+    """Run rows of ids through the decoder (hidden) or the whole model: (positions, H or V), and where each row starts.
+
+    packed: end to end with restarting positions, which transformers keeps apart: no padding, no mask, no special case.
+    Else padded on the right, exact for any causal model without a mask: what is right of a token cannot reach it."""
+    device, T = next(model.parameters()).device, max(map(len, rows))
+    if packed:
+        starts, ids = [0, *itertools.accumulate(map(len, rows))], [[t for row in rows for t in row]]
+        inputs = {"position_ids": torch.tensor([[i for row in rows for i in range(len(row))]], device=device)}  # (1, T)
+    else:
+        starts, ids, inputs = range(0, T * len(rows), T), [row + [0] * (T - len(row)) for row in rows], {}
+    run = find_head(model)[0] if hidden else model
+    out = run(input_ids=torch.tensor(ids, device=device), use_cache=False, **inputs)
+    return (out.last_hidden_state if hidden else out.logits).flatten(0, 1), starts
+
+
+@torch.no_grad()
+def find_fast_path(model, _known=weakref.WeakKeyDictionary()):
+    """(packed, hidden): which shortcuts give this model's own logits, tried once on two short rows; one that does not
+    steps aside and says so."""
+    if model not in _known:
+        vocab = model.get_input_embeddings().num_embeddings
+        rows = [[7 * i % vocab for i in range(1, 12)], [5 * i % vocab for i in range(1, 7)]]
+        plain = torch.cat([forward_rows(model, [row], False, False)[0] for row in rows]).float()
+        tolerance = plain.std() * (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2)
+
+        def exact(packed, hidden):
+            x, head = forward_rows(model, rows, packed, hidden)[0], find_head(model)[1]
+            x = (head(x) if hidden else x).float()
+            return x.shape == plain.shape and bool((x - plain).abs().max() <= tolerance) if packed else True
+        packed = exact(True, False)
+        _known[model] = packed, packed and exact(True, True)
+        if not all(_known[model]):
+            print(f"note: {type(model).__name__}: {'logits from hidden states' if packed else 'packed rows'} would not "
+                  "be exact; taking the plain, slower way", file=sys.stderr)
+    return _known[model]
+
+
+def response_hidden(model, prompts, responses):
+    """(hidden (N, H), head): head(hidden) are the logits that predict each response token, rows in order. Where the
+    fast path is not exact: the logits themselves, and the identity."""
+    packed, hidden = find_fast_path(model)
+    x, starts = forward_rows(model, [p + r for p, r in zip(prompts, responses)], packed, hidden)
+    at = [start + len(p) + i - 1 for start, p, r in zip(starts, prompts, responses) for i in range(len(r))]  # the shift
+    return x[torch.tensor(at, dtype=torch.long, device=x.device)], find_head(model)[1] if hidden else lambda logits: logits
+
+
+def response_logits(model, prompts, responses):
+    """The logits (N, V) that predict each response token, rows in order, N response tokens in all; in the model's dtype
+    and with its gradient. prompts, responses: lists of lists of token ids."""
+    hidden, head = response_hidden(model, prompts, responses)
+    return head(hidden)
+
+
+# --- the teacher ---
+
+def read_teacher_prompt(name):
+    """The template of --teacher-prompt: one of data/prompts/*.txt by name, or a file. Raises UserError."""
+    named = PROMPTS / f"{name}.txt"
+    try:
+        text = (named if named.is_file() else Path(name)).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):
+        names = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.txt")))
+        raise UserError(f"--teacher-prompt {name}: neither a readable file nor one of {names}") from None
+    if "{query" not in text:
+        raise UserError(f"--teacher-prompt {name}: names neither {{query_en}} nor {{query}}")
+    return text
+
+
+def write_teacher_prompt(template, query, lang, source):
+    """Fill {query} (target language), {query_en} and {language}; what a query itself spells is not filled in again."""
+    values = {"query": query.text[lang], "query_en": query.text[source], "language": LANGUAGES.get(lang, lang)}
+    return re.sub(r"\{(query|query_en|language)\}", lambda m: values[m[1]], template)
+
+
+def judge_first(teacher, tokenizer, prompts, n):
+    """--cot-tokens: the teacher writes up to n tokens of English judgement, greedily and on one line, after JUDGEMENT;
+    they stay in its own context."""
+    lead, gap = (tokenizer(text, add_special_tokens=False).input_ids for text in (JUDGEMENT, "\n\n"))
+    prompts, stop_ids = [p + lead for p in prompts], find_stop_ids(teacher, tokenizer)
+    written = sample(teacher, prompts, max_new_tokens=n, stop_ids=stop_ids, temperature=0, vocab_size=len(tokenizer))
+    goes_on = lambda token: token not in stop_ids and "\n" not in tokenizer.decode([token])
+    return [p + list(itertools.takewhile(goes_on, w)) + gap for p, w in zip(prompts, written)]
+
+
+def make_teacher(model):
+    """A frozen copy that shares every weight that is not trained: full training copies them all; under LoRA it is made
+    before the adapters are added, and copies none."""
+    teacher = copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
+    return teacher.requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update_ema(teacher, student, decay):
+    """teacher ← decay · teacher + (1 − decay) · student, for the weights that are trained (the others are shared)."""
+    for p_teacher, p in zip(teacher.parameters(), student.parameters()):
+        if p.requires_grad:
+            p_teacher.lerp_(p, 1 - decay)
+
+
+def enable_grad_checkpoint(model):
+    """Recompute each layer's activations in the backward pass. transformers asks for training mode; only the layers
+    that checkpoint get it, their parts do not, so that dropout stays off."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for module in model.modules():
+        module.training = isinstance(module, GradientCheckpointingLayer)
+
+
+def load_models(args, langs):
+    """(student, teacher, tokenizer) from --model, ready to train: adapters, teacher and checkpointing as the flags say."""
+    model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
+    if hasattr(model, "peft_config"):
+        raise UserError(f"--model {args.model} is an adapter: train its base with --lora-rank")
+    student, teacher = model, make_teacher(model.requires_grad_(not args.lora_rank)) if args.teacher != "live" else model
+    if args.lora_rank:
+        peft = need("peft", "train with --lora-rank")
+        torch.manual_seed(args.seed)
+        student = peft.get_peft_model(model, peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
+                                                             target_modules="all-linear", task_type="CAUSAL_LM"))
+        base = Path(args.model).resolve() if Path(args.model).exists() else args.model  # found from any working directory
+        student.peft_config["default"].base_model_name_or_path = str(base)
+        teacher = make_teacher(student) if args.teacher == "ema" else student if args.teacher == "live" else teacher
+    if args.grad_checkpoint:
+        enable_grad_checkpoint(student)
+    return student, teacher, tokenizer
+
+
+# --- data, preflight, evaluation ---
+
+def load_split(args, path, langs):
+    """(training, held-out) queries of a file that has all of `langs` beside the source language. Raises UserError."""
+    try:
+        return split(load_queries(path, list(dict.fromkeys([args.source_lang, *langs])), args.label), args.holdout)
+    except ValueError as e:
+        raise UserError(e) from None
+
+
+def pick_batch(harmful, others, langs, args, step):
+    """The (query, lang) pairs of a step, a function of (seed, step) alone: each label goes round its own shuffled pool."""
+    n, batch = round(args.batch_size * args.benign_fraction), []
+    n = n if harmful and others else 0 if harmful else args.batch_size
+    for name, pool, k in (("harmful", harmful, args.batch_size - n), ("others", others, n)):
+        for i in range(step * k, (step + 1) * k):
+            epoch, at = divmod(i, len(pool) * len(langs))
+            pairs = [(query, lang) for query in pool for lang in langs]
+            random.Random(f"{args.seed} {name} {epoch}").shuffle(pairs)
+            batch.append(pairs[at])
+    return batch
+
+
+def write_contexts(args, teacher, tokenizer, template, batch):
+    """The two prompts of every (query, lang): the student's in the target language, the teacher's in English. Ids."""
+    student_prompts = [encode_chat(tokenizer, query.text[lang]) for query, lang in batch]
+    teacher_prompts = [encode_chat(tokenizer, write_teacher_prompt(template, query, lang, args.source_lang))
+                       for query, lang in batch]
+    if args.cot_tokens and batch:
+        teacher_prompts = judge_first(teacher, tokenizer, teacher_prompts, args.cot_tokens)
+    return student_prompts, teacher_prompts
+
+
+def preflight(args, student, teacher, tokenizer, template, queries, lang, refusals):
+    """Print how often teacher and student refuse --preflight training queries of each label: what will be transferred.
+    The teacher's selectivity (refused harmful − refused benign) is the ceiling."""
+    batch = [(q, lang) for label in ("harmful", "benign") for q in [q for q in queries if q.label == label][:args.preflight]]
+    contexts = write_contexts(args, teacher, tokenizer, template, batch)
+    for who, model, prompts in zip(("student", "teacher"), (student, teacher), contexts):
+        verdicts = evaluation.judge_prompts(model, tokenizer, prompts, [q.text[lang] for q, _ in batch], [lang] * len(batch),
+                                            refusals=refusals, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
+        refused = {label: [v == "refusal" for (q, _), (_, v) in zip(batch, verdicts) if q.label == label]
+                   for label in ("harmful", "benign")}
+        rate = {label: sum(x) / max(len(x), 1) for label, x in refused.items()}
+        told = " and ".join(f"{sum(x)}/{len(x)} {label}" for label, x in refused.items())
+        print(f"preflight {lang}: the {who} refuses {told} queries, selectivity {rate['harmful'] - rate['benign']:.2f}")
+    if rate["benign"] > 0.1:
+        print("warning: the teacher refuses benign queries, and the student is about to learn that as well; another "
+              "--teacher-prompt may not", file=sys.stderr)
+
+
+def evaluate(args, model, tokenizer, heldout, refusals, langs):
+    """(rows, items) of eval.py over heldout, a list of (path, lang, queries)."""
+    results = [evaluation.evaluate(model, tokenizer, queries, [lang], refusals=refusals, seen=langs, data=path,
+                                   max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
+               for path, lang, queries in heldout]
+    return [row for rows, _ in results for row in rows], [item for _, items in results for item in items]
+
+
+def find_heldout(args, langs, data):
+    """[(path, lang, queries)] to evaluate: trained languages, the source, and --eval-lang where a file has it."""
+    heldout = []
+    for path, (_, held) in data.items():
+        for lang in dict.fromkeys([*langs, args.source_lang, *args.eval_lang.replace(",", " ").split()]):
+            try:
+                queries = held if lang in langs or lang == args.source_lang else load_split(args, path, [lang])[1]
+            except UserError as e:
+                print(f"note: not evaluated: {e}", file=sys.stderr)
+                continue
+            heldout.append((path, lang, [q for label in ("harmful", "benign", "qa")
+                                         for q in [q for q in queries if q.label == label][:args.eval_limit or None]]))
+    return heldout
+
+
+# --- what a run leaves behind ---
+
+def prepare_out(args):
+    """Make --out, or refuse: never write over another run, never resume with other flags."""
+    out, may_change = Path(args.out), ("steps", "save_every", "eval_every", "eval_limit", "eval_lang", "preflight", "device",
+                                       "resume", "overwrite", "max_bad_steps")
+    try:
+        if args.resume:
+            if not (out / "checkpoint.pt").is_file():
+                raise UserError(f"--resume: there is no checkpoint in {out}")
+            before = json.loads((out / "args.json").read_text())
+            changed = [f"--{k.replace('_', '-')} {before.get(k)} -> {v}" for k, v in vars(args).items()
+                       if k not in may_change and before.get(k) != v]
+            if changed:
+                raise UserError(f"--resume with other flags than {out}/args.json: {'; '.join(changed)}")
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if not args.overwrite:
+                raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it, --out goes elsewhere")
+            if not (out / "args.json").is_file():
+                raise UserError(f"--overwrite replaces runs, and {out} is none (it holds no args.json)")
+            shutil.rmtree(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+    except (OSError, json.JSONDecodeError) as e:
+        raise UserError(f"cannot write to --out {out}: {e}") from None
+
+
+def save_checkpoint(args, step, student, teacher, optimizer):
+    """All that a resumed run needs, complete or absent: written beside, flushed, renamed."""
+    trained = [(p, q) for p, q in zip(student.parameters(), teacher.parameters()) if p.requires_grad]
+    state = {"step": step, "student": [p for p, _ in trained], "optimizer": optimizer.state_dict(),
+             "teacher": [q for _, q in trained] if args.teacher == "ema" else []}
+    with open(Path(args.out, "checkpoint.tmp"), "wb") as f:
+        torch.save(state, f)
+        f.flush()
+        os.fsync(f.fileno())
+    Path(args.out, "checkpoint.tmp").replace(Path(args.out, "checkpoint.pt"))
+
+
+@torch.no_grad()
+def load_checkpoint(args, student, teacher, optimizer):
+    """Restore what save_checkpoint wrote and drop what the logs hold beyond it; returns the number of steps done."""
+    state = torch.load(Path(args.out, "checkpoint.pt"), map_location=student.device, weights_only=True)
+    trained = [(p, q) for p, q in zip(student.parameters(), teacher.parameters()) if p.requires_grad]
+    for (p, q), saved, saved_teacher in zip(trained, state["student"], state["teacher"] or itertools.repeat(None)):
+        p.copy_(saved)
+        q.copy_(saved_teacher) if saved_teacher is not None else None
+    optimizer.load_state_dict(state["optimizer"])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        lines = Path(args.out, name).read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if (m := re.match(r'\{"step": (\d+),.*\}\n$', line)) and int(m[1]) <= state["step"]]
+        Path(args.out, name).write_text("".join(kept), encoding="utf-8")
+    return state["step"]
+
+
+def save_model(args, student, tokenizer):
+    """Leave the model as an ordinary Hugging Face (or PEFT adapter) folder, file by file complete or absent."""
+    student.save_pretrained(Path(args.out, "saving"))
+    tokenizer.save_pretrained(Path(args.out, "saving"))
+    for path in Path(args.out, "saving").iterdir():
+        path.replace(Path(args.out, path.name))
+    Path(args.out, "saving").rmdir()
+
+
+def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, stats, teacher_top):
+    """A line of samples.jsonl: one response, token by token."""
+    numbers = {k: [round(x, 4) for x in stats[k][:len(response)].tolist()] for k in ("divergence", "w_teacher", "w_student")}
+    return {"step": step, "id": query.id, "label": query.label, "lang": lang, "prompt": tokenizer.decode(prompt),
+            "teacher_prompt": tokenizer.decode(teacher_prompt), "response": tokenizer.decode(response),
+            "tokens": [tokenizer.decode([t]) for t in response], **numbers,
+            "teacher_top": [tokenizer.decode([t]) for t in teacher_top.tolist()]}
+
+
+def peak_memory(device):
+    """GB (1e9 bytes) at the peak: of the GPU's allocations, or of this process on a CPU."""
+    if device.type == "cpu" or not hasattr(getattr(torch, device.type), "max_memory_allocated"):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return getattr(torch, device.type).max_memory_allocated() / 1e9
+
+
+# --- the algorithm ---
+
+def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
+    """Score every response token under both contexts and backpropagate the loss of the whole step, one micro-batch at a
+    time: how it is cut does not change the gradient. Returns (loss, stats (N,) each, the teacher's top token at each
+    token of the first response)."""
+    options = dict(weighting=args.weighting, student_view=args.student_view, divergence=args.divergence,
+                   top_k=args.dpsw_top_k, beta=args.beta)
+    n, size, loss, parts = sum(map(len, responses)), args.micro_batch_size or len(responses), 0.0, []
+    for i in range(0, len(responses), size):
+        s, t, r = (x[i:i + size] for x in (student_prompts, teacher_prompts, responses))
+        with torch.no_grad():
+            teacher_hidden, teacher_head = response_hidden(teacher, t, r)  # (n, H)
+            teacher_top = teacher_head(teacher_hidden[:len(r[0])]).argmax(-1) if i == 0 else teacher_top
+        student_hidden, student_head = response_hidden(student, s, r)  # (n, H)
+        ids = torch.tensor([token for row in r for token in row], device=student_hidden.device)  # (n,)
+        part, stats = dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head, ids,
+                                        denominator=n if args.weight_norm == "none" else 1, **options)
+        part.backward()
+        loss, parts = loss + part.item(), parts + [stats]
+    stats = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    if args.weight_norm == "mean":  # the sum of the weights is known only now
+        total = stats["weight"].sum().clamp(min=1e-30).item()
+        loss /= total
+        for p in student.parameters():
+            p.grad = p.grad / total if p.grad is not None else None
+    return loss, stats, teacher_top
+
+
+def train(args, student, teacher, tokenizer, template, pools, langs, optimizer, start, after_step):
+    """The algorithm box. pools: (harmful, other) queries; after_step(step): what is done between steps."""
+    params, bad = [p for p in student.parameters() if p.requires_grad], 0
+    generator, stop_ids = torch.Generator(student.device), find_stop_ids(student, tokenizer)
+    metrics, samples = (open(Path(args.out, f"{name}.jsonl"), "a", encoding="utf-8") for name in ("metrics", "samples"))
+    for step in (bar := tqdm(range(start, args.steps), initial=start, total=args.steps, desc="msd", smoothing=0)):
+        began = time.perf_counter()
+        # 1. queries, each under two contexts: the student's in the target language, the teacher's in English
+        batch = pick_batch(*pools, langs, args, step)
+        student_prompts, teacher_prompts = write_contexts(args, teacher, tokenizer, template, batch)
+        # 2. responses, from the student (on-policy) or from the teacher (off-policy); not differentiated through
+        policy, prompts = (student, student_prompts) if args.policy == "on" else (teacher, teacher_prompts)
+        responses = sample(policy, prompts, max_new_tokens=args.max_new_tokens, stop_ids=stop_ids, top_k=args.top_k,
+                           temperature=args.temperature, top_p=args.top_p, vocab_size=len(tokenizer),
+                           generator=generator.manual_seed(args.seed * 1_000_003 + step))
+        # 3. the student learns the teacher's distribution on every response token, weighted by DPSW
+        loss, stats, teacher_top = learn(args, student, teacher, student_prompts, teacher_prompts, responses)
+        # 4. clip, warm up, update; what is not finite is never stepped on
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
+        lr = args.lr * min(1, (step + 1) / (args.warmup + 1))
+        bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
+        if not bad:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+            if args.teacher == "ema":
+                update_ema(teacher, student, args.ema_decay)
+        optimizer.zero_grad(set_to_none=True)
+        # 5. tell
+        n, seconds = sum(map(len, responses)), time.perf_counter() - began
+        mean = {name: x.mean().item() for name, x in stats.items()}
+        row = {"step": step + 1, "loss": loss, **mean, "grad_norm": grad_norm, "lr": lr, "response_tokens": n,
+               "response_len": n / len(batch), "truncated": sum(r[-1] not in stop_ids for r in responses) / len(batch),
+               "skipped": bool(bad), "seconds": seconds, "tokens_per_s": n / seconds, "peak_mem_gb": peak_memory(student.device)}
+        shown = describe(tokenizer, step + 1, *batch[0], student_prompts[0], teacher_prompts[0], responses[0], stats, teacher_top)
+        for file, line in ((metrics, row), (samples, shown)):
+            print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
+        bar.set_postfix_str(f"loss {loss:.4f}, kl {mean['divergence']:.3f}, {n / len(batch):.0f} tokens" + ", skipped" * (bad > 0))
+        after_step(step + 1)
+        if bad >= args.max_bad_steps:
+            save_checkpoint(args, step + 1, student, teacher, optimizer)
+            raise UserError(f"{bad} steps in a row were not finite: stopped with the last good weights in {args.out}; lower --lr")
+
+
+def main(args):
+    """Read the data, load the model, preflight, train, evaluate, save."""
+    langs = list(dict.fromkeys(args.lang.replace(",", " ").split()))
+    args.data, args.out = args.data or ["data/queries.csv"], args.out or f"out/{'-'.join(langs)}"
+    template, refusals = read_teacher_prompt(args.teacher_prompt), evaluation.load_refusals()
+    data = {path: load_split(args, path, langs) for path in args.data}
+    student, teacher, tokenizer = load_models(args, langs)
+    params = [p for p in student.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    prepare_out(args)
+    start = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
+
+    context = getattr(student.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    room = context - args.max_new_tokens - args.cot_tokens - 16
+    longest = lambda q: max(len(encode_chat(tokenizer, text)) for lang in langs for text in
+                            (q.text[lang], write_teacher_prompt(template, q, lang, args.source_lang)))
+    queries = [q for train_part, _ in data.values() for q in train_part]
+    short = [q for q in queries if longest(q) <= room]
+    if len(short) < len(queries):
+        print(f"note: {len(queries) - len(short)} queries do not fit the context of {context} tokens: skipped", file=sys.stderr)
+    if not short:
+        raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or give more --data")
+    pools = [[q for q in short if (q.label == "harmful") == harmful] for harmful in (True, False)]
+    print(f"msd: {args.model} on {student.device} in {student.dtype}, {sum(p.numel() for p in params):,} weights trained on "
+          f"{len(pools[0])} harmful and {len(pools[1])} other queries in {', '.join(langs)}; {args.policy}-policy, "
+          f"{args.teacher} teacher under '{args.teacher_prompt}'", flush=True)
+    heldout = find_heldout(args, langs, data) if args.eval_every else []
+    before_file = Path(args.out, "before.json")
+    if args.eval_every and not (args.resume and before_file.is_file()):
+        for lang in langs if args.preflight else []:
+            preflight(args, student, teacher, tokenizer, template, short, lang, refusals)
+        before_file.write_text(json.dumps(evaluate(args, student, tokenizer, heldout, refusals, langs)))
+    interrupted = []
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupted else interrupted.append(True))
+
+    def show_table(step):
+        rows, items = evaluate(args, student, tokenizer, heldout, refusals, langs)
+        tests = evaluation.compare(rows, items, *json.loads(before_file.read_text()))
+        print(f"\nheld-out queries before (base) and after {step} steps\n{evaluation.format_table(rows, tests)}", flush=True)
+
+    def after_step(step):
+        if interrupted or args.save_every and (step % args.save_every == 0 or step == args.steps):
+            save_checkpoint(args, step, student, teacher, optimizer)
+        if interrupted:
+            print(f"\ninterrupted after step {step}; --resume goes on", file=sys.stderr)
+            sys.exit(130)
+        if args.eval_every and step % args.eval_every == 0 and step < args.steps:
+            show_table(step)
+
+    train(args, student, teacher, tokenizer, template, pools, langs, optimizer, start, after_step)
+    save_model(args, student, tokenizer)
+    if args.eval_every:
+        show_table(args.steps)
+    print(f"the model lies in {args.out}; talk to it: python sample.py --model {args.out} --prompt '…'")
+
+
+def build_parser():
+    """The command line."""
+    parser = Parser(prog="msd.py", description="Multilingual safety alignment via self-distillation: python msd.py --lang jv")
+    add = parser.add_argument
+    # what to train on
+    add("--lang", required=True, help="target languages, as jv or jv,sw")
+    add("--source-lang", default="en", help="the language the teacher reads")
+    add("--data", action="append", help="a file of parallel queries, repeatable (default: data/queries.csv)")
+    add("--label", choices=["harmful", "benign"], help="of data without a label column")
+    add("--holdout", type=number(0, 0.99), default=0.2, help="fraction kept for evaluation")
+    add("--benign-fraction", type=number(0, 1), default=0.5, help="of each batch, where the data has any")
+    add_model_flags(parser)
+    # the method
+    add("--policy", choices=["on", "off"], default="on", help="who writes the responses: the student or the teacher")
+    add("--teacher", choices=["frozen", "live", "ema"], default="frozen", help="the weights at the start, now, or averaged")
+    add("--ema-decay", type=number(0, 1), default=0.99)
+    add("--teacher-prompt", default="cot", help="english, cot, cot-both, or a file with {query} {query_en} {language}")
+    add("--cot-tokens", type=natural, default=0, help="tokens of judgement the teacher writes first, for itself")
+    add("--weighting", choices=["dpsw", "teacher", "student", "none"], default="dpsw")
+    add("--student-view", choices=["teacher", "sampled"], default="teacher", help="whose token p_S is of")
+    add("--weight-norm", choices=["none", "mean"], default="none")
+    add("--divergence", choices=["reverse", "forward", "jsd"], default="reverse")
+    add("--beta", type=number(0, 1), default=0.5, help="of jsd")
+    add("--dpsw-top-k", type=positive, default=20, help="K of the teacher's entropy")
+    # optimisation
+    add("--steps", type=positive, default=60)
+    add("--batch-size", type=positive, default=16, help="responses a step")
+    add("--micro-batch-size", type=positive, help="responses a backward pass (default: all)")
+    add("--lr", type=number(0, open_low=True), default=3e-4)
+    add("--warmup", type=natural, default=4, help="steps of linear warm-up")
+    add("--max-grad-norm", type=number(0, open_low=True), default=1.0)
+    add("--max-bad-steps", type=positive, default=5, help="give up after so many non-finite steps in a row")
+    add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=True)
+    add("--lora-rank", type=natural, default=0, help="0: train every weight")
+    # rollouts
+    add("--max-new-tokens", type=positive, default=32)
+    add("--temperature", type=number(0), default=1.0)
+    add("--top-k", type=natural, default=0)
+    add("--top-p", type=number(0, 1, open_low=True), default=1.0)
+    # the run
+    add("--out", help="default: out/<lang>")
+    add("--resume", action="store_true", help="go on with the run in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--save-every", type=natural, default=50, help="steps between checkpoints; 0: none")
+    add("--eval-every", type=natural, default=10 ** 9, help="steps between evaluations; 0: none, and no preflight")
+    add("--eval-lang", default="sw", help="further languages to evaluate, never trained on")
+    add("--eval-limit", type=natural, default=0, help="first N held-out queries of each data, language and label; 0: all")
+    add("--preflight", type=natural, default=16, help="training queries of each label to try the teacher on first")
+    return parser
+
+
+if __name__ == "__main__":
+    build_parser().run(main)
