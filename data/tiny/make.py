@@ -62,7 +62,8 @@ def train_tokenizer(text, vocab_size):
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(PATTERN), "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    bpe.train_from_iterator(text, trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False))
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator(text, trainer)
     printable = [b for b in range(256) if 33 <= b <= 126 or 161 <= b <= 172 or 174 <= b]  # GPT-2's byte alphabet
     others = [b for b in range(256) if b not in printable]
     to_byte = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
@@ -128,7 +129,8 @@ def encode_epoch(queries, encoding, rng, budget=4096):
     while rows:
         T = len(rows[-1][0])
         rows, batch = rows[:-(budget // T)], rows[-(budget // T):]
-        batches.append([np.array([x + [fill] * (T - len(x)) for x in column]) for column, fill in zip(zip(*batch), (0, -100))])
+        batches.append([np.array([x + [fill] * (T - len(x)) for x in column])
+                        for column, fill in zip(zip(*batch), (0, -100))])
     rng.shuffle(batches)
     return batches
 
