@@ -38,6 +38,7 @@ from sample import (Parser, UserError, add_model_flags, encode_chat, find_device
 
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 LANGUAGES = json.loads((PROMPTS / "languages.json").read_text())
+LABELS = ("harmful", "benign", "qa")
 JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
 
 
@@ -100,7 +101,8 @@ def response_hidden(model, prompts, responses):
     packed, hidden = find_fast_path(model)
     x, starts = forward_rows(model, [p + r for p, r in zip(prompts, responses)], packed, hidden)
     at = [start + len(p) + i - 1 for start, p, r in zip(starts, prompts, responses) for i in range(len(r))]  # the shift
-    return x[torch.tensor(at, dtype=torch.long, device=x.device)], find_head(model)[1] if hidden else lambda logits: logits
+    at = torch.tensor(at, dtype=torch.long, device=x.device)
+    return x[at], find_head(model)[1] if hidden else lambda logits: logits
 
 
 def response_logits(model, prompts, responses):
@@ -151,9 +153,8 @@ def make_teacher(model):
 @torch.no_grad()
 def update_ema(teacher, student, decay):
     """teacher ← decay · teacher + (1 − decay) · student, for the weights that are trained (the others are shared)."""
-    for p_teacher, p in zip(teacher.parameters(), student.parameters()):
-        if p.requires_grad:
-            p_teacher.lerp_(p, 1 - decay)
+    for p, q in find_trained(student, teacher):
+        q.lerp_(p, 1 - decay)
 
 
 def enable_grad_checkpoint(model):
@@ -164,18 +165,20 @@ def enable_grad_checkpoint(model):
         module.training = isinstance(module, GradientCheckpointingLayer)
 
 
-def load_models(args, langs):
-    """(student, teacher, tokenizer) from --model, ready to train: adapters, teacher and checkpointing as the flags say."""
+def load_models(args):
+    """(student, teacher, tokenizer) from --model: adapters, teacher and checkpointing as the flags say."""
     model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
     if hasattr(model, "peft_config"):
         raise UserError(f"--model {args.model} is an adapter: train its base with --lora-rank")
-    student, teacher = model, make_teacher(model.requires_grad_(not args.lora_rank)) if args.teacher != "live" else model
+    student, teacher = model, model.requires_grad_(not args.lora_rank)
+    if args.teacher != "live":
+        teacher = make_teacher(model)
     if args.lora_rank:
         peft = need("peft", "train with --lora-rank")
         torch.manual_seed(args.seed)
         student = peft.get_peft_model(model, peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
                                                              target_modules="all-linear", task_type="CAUSAL_LM"))
-        base = Path(args.model).resolve() if Path(args.model).exists() else args.model  # found from any working directory
+        base = Path(args.model).resolve() if Path(args.model).exists() else args.model  # found from any folder
         student.peft_config["default"].base_model_name_or_path = str(base)
         teacher = make_teacher(student) if args.teacher == "ema" else student if args.teacher == "live" else teacher
     if args.grad_checkpoint:
@@ -194,15 +197,14 @@ def load_split(args, path, langs):
 
 
 def pick_batch(harmful, others, langs, args, step):
-    """The (query, lang) pairs of a step, a function of (seed, step) alone: each label goes round its own shuffled pool."""
-    n, batch = round(args.batch_size * args.benign_fraction), []
-    n = n if harmful and others else 0 if harmful else args.batch_size
+    """The (query, lang) pairs of a step, a function of (seed, step) alone: each label goes round its shuffled pool."""
+    n = round(args.batch_size * args.benign_fraction) if harmful and others else 0 if harmful else args.batch_size
+    batch = []
     for name, pool, k in (("harmful", harmful, args.batch_size - n), ("others", others, n)):
+        pairs = [(query, lang) for query in pool for lang in langs]
         for i in range(step * k, (step + 1) * k):
-            epoch, at = divmod(i, len(pool) * len(langs))
-            pairs = [(query, lang) for query in pool for lang in langs]
-            random.Random(f"{args.seed} {name} {epoch}").shuffle(pairs)
-            batch.append(pairs[at])
+            epoch, at = divmod(i, len(pairs))
+            batch.append(random.Random(f"{args.seed} {name} {epoch}").sample(pairs, len(pairs))[at])
     return batch
 
 
@@ -216,30 +218,22 @@ def write_contexts(args, teacher, tokenizer, template, batch):
     return student_prompts, teacher_prompts
 
 
-def preflight(args, student, teacher, tokenizer, template, queries, lang, refusals):
-    """Print how often teacher and student refuse --preflight training queries of each label: what will be transferred.
+def preflight(args, student, teacher, tokenizer, template, queries, lang, judging):
+    """Print how often student and teacher refuse --preflight training queries of each label: what will be transferred.
     The teacher's selectivity (refused harmful − refused benign) is the ceiling."""
-    batch = [(q, lang) for label in ("harmful", "benign") for q in [q for q in queries if q.label == label][:args.preflight]]
+    batch = [(q, lang) for label in LABELS[:2] for q in [q for q in queries if q.label == label][:args.preflight]]
     contexts = write_contexts(args, teacher, tokenizer, template, batch)
     for who, model, prompts in zip(("student", "teacher"), (student, teacher), contexts):
-        verdicts = evaluation.judge_prompts(model, tokenizer, prompts, [q.text[lang] for q, _ in batch], [lang] * len(batch),
-                                            refusals=refusals, max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
-        refused = {label: [v == "refusal" for (q, _), (_, v) in zip(batch, verdicts) if q.label == label]
-                   for label in ("harmful", "benign")}
-        rate = {label: sum(x) / max(len(x), 1) for label, x in refused.items()}
-        told = " and ".join(f"{sum(x)}/{len(x)} {label}" for label, x in refused.items())
-        print(f"preflight {lang}: the {who} refuses {told} queries, selectivity {rate['harmful'] - rate['benign']:.2f}")
-    if rate["benign"] > 0.1:
+        verdicts = evaluation.judge_prompts(model, tokenizer, prompts, [q.text[lang] for q, _ in batch],
+                                            [lang] * len(batch), **judging)
+        refused = [[verdict == "refusal" for (q, _), (_, verdict) in zip(batch, verdicts) if q.label == label]
+                   for label in LABELS[:2]]
+        harmful, benign = (sum(x) / max(len(x), 1) for x in refused)
+        told = " and ".join(f"{sum(x)}/{len(x)} {label}" for x, label in zip(refused, LABELS))
+        print(f"preflight {lang}: the {who} refuses {told} queries, selectivity {harmful - benign:.2f}", flush=True)
+    if benign > 0.1:
         print("warning: the teacher refuses benign queries, and the student is about to learn that as well; another "
               "--teacher-prompt may not", file=sys.stderr)
-
-
-def evaluate(args, model, tokenizer, heldout, refusals, langs):
-    """(rows, items) of eval.py over heldout, a list of (path, lang, queries)."""
-    results = [evaluation.evaluate(model, tokenizer, queries, [lang], refusals=refusals, seen=langs, data=path,
-                                   max_new_tokens=args.max_new_tokens, batch_size=args.batch_size)
-               for path, lang, queries in heldout]
-    return [row for rows, _ in results for row in rows], [item for _, items in results for item in items]
 
 
 def find_heldout(args, langs, data):
@@ -248,47 +242,59 @@ def find_heldout(args, langs, data):
     for path, (_, held) in data.items():
         for lang in dict.fromkeys([*langs, args.source_lang, *args.eval_lang.replace(",", " ").split()]):
             try:
-                queries = held if lang in langs or lang == args.source_lang else load_split(args, path, [lang])[1]
+                queries = held if lang in (*langs, args.source_lang) else load_split(args, path, [lang])[1]
             except UserError as e:
                 print(f"note: not evaluated: {e}", file=sys.stderr)
                 continue
-            heldout.append((path, lang, [q for label in ("harmful", "benign", "qa")
-                                         for q in [q for q in queries if q.label == label][:args.eval_limit or None]]))
+            by_label = [[q for q in queries if q.label == label] for label in LABELS]
+            heldout.append((path, lang, [q for qs in by_label for q in qs[:args.eval_limit or None]]))
     return heldout
+
+
+def evaluate(model, tokenizer, heldout, langs, judging):
+    """(rows, items) of eval.py on what find_heldout found."""
+    results = [evaluation.evaluate(model, tokenizer, queries, [lang], seen=langs, data=path, **judging)
+               for path, lang, queries in heldout]
+    return [row for rows, _ in results for row in rows], [item for _, items in results for item in items]
 
 
 # --- what a run leaves behind ---
 
 def prepare_out(args):
     """Make --out, or refuse: never write over another run, never resume with other flags."""
-    out, may_change = Path(args.out), ("steps", "save_every", "eval_every", "eval_limit", "eval_lang", "preflight", "device",
-                                       "resume", "overwrite", "max_bad_steps")
+    out, may_change = Path(args.out), ("steps", "save_every", "eval_every", "eval_limit", "eval_lang", "preflight",
+                                       "device", "resume", "overwrite", "max_bad_steps")
     try:
         if args.resume:
             if not (out / "checkpoint.pt").is_file():
                 raise UserError(f"--resume: there is no checkpoint in {out}")
-            before = json.loads((out / "args.json").read_text())
-            changed = [f"--{k.replace('_', '-')} {before.get(k)} -> {v}" for k, v in vars(args).items()
-                       if k not in may_change and before.get(k) != v]
+            before, now = json.loads((out / "args.json").read_text()), vars(args)
+            changed = [f"--{k.replace('_', '-')} {before.get(k)} -> {now[k]}" for k in now
+                       if k not in may_change and before.get(k) != now[k]]
             if changed:
                 raise UserError(f"--resume with other flags than {out}/args.json: {'; '.join(changed)}")
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             if not args.overwrite:
-                raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it, --out goes elsewhere")
+                raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
             if not (out / "args.json").is_file():
                 raise UserError(f"--overwrite replaces runs, and {out} is none (it holds no args.json)")
             shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(vars(args), indent=1))
     except (OSError, json.JSONDecodeError) as e:
-        raise UserError(f"cannot write to --out {out}: {e}") from None
+        raise UserError(f"cannot use --out {out}: {e}") from None
+
+
+def find_trained(student, teacher):
+    """[(student's weight, teacher's)] of the weights that are trained."""
+    return [(p, q) for p, q in zip(student.parameters(), teacher.parameters()) if p.requires_grad]
 
 
 def save_checkpoint(args, step, student, teacher, optimizer):
     """All that a resumed run needs, complete or absent: written beside, flushed, renamed."""
-    trained = [(p, q) for p, q in zip(student.parameters(), teacher.parameters()) if p.requires_grad]
-    state = {"step": step, "student": [p for p, _ in trained], "optimizer": optimizer.state_dict(),
-             "teacher": [q for _, q in trained] if args.teacher == "ema" else []}
+    weights, averages = zip(*find_trained(student, teacher if args.teacher == "ema" else student))
+    state = {"step": step, "student": weights, "optimizer": optimizer.state_dict(),
+             "teacher": averages if args.teacher == "ema" else ()}
     with open(Path(args.out, "checkpoint.tmp"), "wb") as f:
         torch.save(state, f)
         f.flush()
@@ -300,15 +306,14 @@ def save_checkpoint(args, step, student, teacher, optimizer):
 def load_checkpoint(args, student, teacher, optimizer):
     """Restore what save_checkpoint wrote and drop what the logs hold beyond it; returns the number of steps done."""
     state = torch.load(Path(args.out, "checkpoint.pt"), map_location=student.device, weights_only=True)
-    trained = [(p, q) for p, q in zip(student.parameters(), teacher.parameters()) if p.requires_grad]
-    for (p, q), saved, saved_teacher in zip(trained, state["student"], state["teacher"] or itertools.repeat(None)):
+    weights, averages = zip(*find_trained(student, teacher if args.teacher == "ema" else student))
+    for p, saved in zip(weights + averages, [*state["student"], *state["teacher"]]):
         p.copy_(saved)
-        q.copy_(saved_teacher) if saved_teacher is not None else None
     optimizer.load_state_dict(state["optimizer"])
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        lines = Path(args.out, name).read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if (m := re.match(r'\{"step": (\d+),.*\}\n$', line)) and int(m[1]) <= state["step"]]
-        Path(args.out, name).write_text("".join(kept), encoding="utf-8")
+    for path in (Path(args.out, "metrics.jsonl"), Path(args.out, "samples.jsonl")):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [x for x in lines if (m := re.match(r'\{"step": (\d+),.*\}\n$', x)) and int(m[1]) <= state["step"]]
+        path.write_text("".join(kept), encoding="utf-8")
     return state["step"]
 
 
@@ -323,11 +328,12 @@ def save_model(args, student, tokenizer):
 
 def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, stats, teacher_top):
     """A line of samples.jsonl: one response, token by token."""
-    numbers = {k: [round(x, 4) for x in stats[k][:len(response)].tolist()] for k in ("divergence", "w_teacher", "w_student")}
+    numbers = {k: [round(x, 4) for x in stats[k][:len(response)].tolist()]
+               for k in ("divergence", "w_teacher", "w_student")}
+    each = lambda ids: [tokenizer.decode([t]) for t in ids]
     return {"step": step, "id": query.id, "label": query.label, "lang": lang, "prompt": tokenizer.decode(prompt),
             "teacher_prompt": tokenizer.decode(teacher_prompt), "response": tokenizer.decode(response),
-            "tokens": [tokenizer.decode([t]) for t in response], **numbers,
-            "teacher_top": [tokenizer.decode([t]) for t in teacher_top.tolist()]}
+            "tokens": each(response), **numbers, "teacher_top": each(teacher_top.tolist())}
 
 
 def peak_memory(device):
@@ -396,65 +402,72 @@ def train(args, student, teacher, tokenizer, template, pools, langs, optimizer, 
         # 5. tell
         n, seconds = sum(map(len, responses)), time.perf_counter() - began
         mean = {name: x.mean().item() for name, x in stats.items()}
+        truncated = sum(r[-1] not in stop_ids for r in responses) / len(batch)
         row = {"step": step + 1, "loss": loss, **mean, "grad_norm": grad_norm, "lr": lr, "response_tokens": n,
-               "response_len": n / len(batch), "truncated": sum(r[-1] not in stop_ids for r in responses) / len(batch),
-               "skipped": bool(bad), "seconds": seconds, "tokens_per_s": n / seconds, "peak_mem_gb": peak_memory(student.device)}
-        shown = describe(tokenizer, step + 1, *batch[0], student_prompts[0], teacher_prompts[0], responses[0], stats, teacher_top)
+               "response_len": n / len(batch), "truncated": truncated, "skipped": bool(bad), "seconds": seconds,
+               "tokens_per_s": n / seconds, "peak_mem_gb": peak_memory(student.device)}
+        shown = describe(tokenizer, step + 1, *batch[0], student_prompts[0], teacher_prompts[0], responses[0], stats,
+                         teacher_top)
         for file, line in ((metrics, row), (samples, shown)):
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
-        bar.set_postfix_str(f"loss {loss:.4f}, kl {mean['divergence']:.3f}, {n / len(batch):.0f} tokens" + ", skipped" * (bad > 0))
-        after_step(step + 1)
-        if bad >= args.max_bad_steps:
-            save_checkpoint(args, step + 1, student, teacher, optimizer)
-            raise UserError(f"{bad} steps in a row were not finite: stopped with the last good weights in {args.out}; lower --lr")
+        bar.set_postfix_str(f"loss {loss:.4f}, kl {mean['divergence']:.3f}, {n / len(batch):.0f} tokens a response"
+                            + ", skipped: not finite" * bool(bad))
+        after_step(step + 1, bad)
 
 
 def main(args):
     """Read the data, load the model, preflight, train, evaluate, save."""
     langs = list(dict.fromkeys(args.lang.replace(",", " ").split()))
+    if not langs:
+        raise UserError("--lang names no language")
     args.data, args.out = args.data or ["data/queries.csv"], args.out or f"out/{'-'.join(langs)}"
     template, refusals = read_teacher_prompt(args.teacher_prompt), evaluation.load_refusals()
     data = {path: load_split(args, path, langs) for path in args.data}
-    student, teacher, tokenizer = load_models(args, langs)
+    student, teacher, tokenizer = load_models(args)
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-    prepare_out(args)
-    start = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
 
-    context = getattr(student.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    room = context - args.max_new_tokens - args.cot_tokens - 16
-    longest = lambda q: max(len(encode_chat(tokenizer, text)) for lang in langs for text in
-                            (q.text[lang], write_teacher_prompt(template, q, lang, args.source_lang)))
+    room = getattr(student.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    room -= args.max_new_tokens + (args.cot_tokens + 16 if args.cot_tokens else 0)
     queries = [q for train_part, _ in data.values() for q in train_part]
-    short = [q for q in queries if longest(q) <= room]
+    fits = lambda q: all(len(encode_chat(tokenizer, text)) <= room for lang in langs for text in
+                         (q.text[lang], write_teacher_prompt(template, q, lang, args.source_lang)))
+    short = [q for q in queries if fits(q)]
     if len(short) < len(queries):
-        print(f"note: {len(queries) - len(short)} queries do not fit the context of {context} tokens: skipped", file=sys.stderr)
+        print(f"note: {len(queries) - len(short)} queries do not fit the model's context: skipped", file=sys.stderr)
     if not short:
         raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or give more --data")
+    prepare_out(args)
+    start = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
     pools = [[q for q in short if (q.label == "harmful") == harmful] for harmful in (True, False)]
-    print(f"msd: {args.model} on {student.device} in {student.dtype}, {sum(p.numel() for p in params):,} weights trained on "
-          f"{len(pools[0])} harmful and {len(pools[1])} other queries in {', '.join(langs)}; {args.policy}-policy, "
-          f"{args.teacher} teacher under '{args.teacher_prompt}'", flush=True)
-    heldout = find_heldout(args, langs, data) if args.eval_every else []
-    before_file = Path(args.out, "before.json")
-    if args.eval_every and not (args.resume and before_file.is_file()):
+    print(f"msd: {args.model} on {student.device} in {student.dtype}, {sum(p.numel() for p in params):,} weights "
+          f"trained on {len(pools[0])} harmful and {len(pools[1])} other queries in {', '.join(langs)}; "
+          f"{args.policy}-policy, {args.teacher} teacher under '{args.teacher_prompt}'", flush=True)
+    heldout, before = find_heldout(args, langs, data) if args.eval_every else [], Path(args.out, "before.json")
+    judging = dict(refusals=refusals, max_new_tokens=args.max_new_tokens, batch_size=64)
+    if args.eval_every and not (args.resume and before.is_file()):
         for lang in langs if args.preflight else []:
-            preflight(args, student, teacher, tokenizer, template, short, lang, refusals)
-        before_file.write_text(json.dumps(evaluate(args, student, tokenizer, heldout, refusals, langs)))
-    interrupted = []
+            preflight(args, student, teacher, tokenizer, template, short, lang, judging)
+        before.write_text(json.dumps(evaluate(student, tokenizer, heldout, langs, judging)))
+
+    interrupted = []  # Ctrl-C once: finish the step and save; twice: leave
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupted else interrupted.append(True))
 
     def show_table(step):
-        rows, items = evaluate(args, student, tokenizer, heldout, refusals, langs)
-        tests = evaluation.compare(rows, items, *json.loads(before_file.read_text()))
-        print(f"\nheld-out queries before (base) and after {step} steps\n{evaluation.format_table(rows, tests)}", flush=True)
+        rows, items = evaluate(student, tokenizer, heldout, langs, judging)
+        tests = evaluation.compare(rows, items, *json.loads(before.read_text()))
+        print(f"\nheld-out queries before (base) and after {step} steps")
+        print(evaluation.format_table(rows, tests), flush=True)
 
-    def after_step(step):
-        if interrupted or args.save_every and (step % args.save_every == 0 or step == args.steps):
+    def after_step(step, bad):
+        due = args.save_every and (step % args.save_every == 0 or step == args.steps)
+        if interrupted or bad >= args.max_bad_steps or due:
             save_checkpoint(args, step, student, teacher, optimizer)
         if interrupted:
-            print(f"\ninterrupted after step {step}; --resume goes on", file=sys.stderr)
+            print(f"\ninterrupted after step {step}: --resume goes on", file=sys.stderr)
             sys.exit(130)
+        if bad >= args.max_bad_steps:
+            raise UserError(f"{bad} steps in a row were not finite; lower --lr; the last good weights: {args.out}")
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             show_table(step)
 
@@ -467,7 +480,7 @@ def main(args):
 
 def build_parser():
     """The command line."""
-    parser = Parser(prog="msd.py", description="Multilingual safety alignment via self-distillation: python msd.py --lang jv")
+    parser = Parser(prog="msd.py", description="Multilingual safety by self-distillation: python msd.py --lang jv")
     add = parser.add_argument
     # what to train on
     add("--lang", required=True, help="target languages, as jv or jv,sw")
@@ -479,7 +492,7 @@ def build_parser():
     add_model_flags(parser)
     # the method
     add("--policy", choices=["on", "off"], default="on", help="who writes the responses: the student or the teacher")
-    add("--teacher", choices=["frozen", "live", "ema"], default="frozen", help="the weights at the start, now, or averaged")
+    add("--teacher", choices=["frozen", "live", "ema"], default="frozen", help="weights at the start, now, or averaged")
     add("--ema-decay", type=number(0, 1), default=0.99)
     add("--teacher-prompt", default="cot", help="english, cot, cot-both, or a file with {query} {query_en} {language}")
     add("--cot-tokens", type=natural, default=0, help="tokens of judgement the teacher writes first, for itself")
@@ -511,7 +524,7 @@ def build_parser():
     add("--save-every", type=natural, default=50, help="steps between checkpoints; 0: none")
     add("--eval-every", type=natural, default=10 ** 9, help="steps between evaluations; 0: none, and no preflight")
     add("--eval-lang", default="sw", help="further languages to evaluate, never trained on")
-    add("--eval-limit", type=natural, default=0, help="first N held-out queries of each data, language and label; 0: all")
+    add("--eval-limit", type=natural, default=0, help="first N held-out queries of each data, language, label; 0: all")
     add("--preflight", type=natural, default=16, help="training queries of each label to try the teacher on first")
     return parser
 

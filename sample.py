@@ -41,15 +41,15 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
     """Sample one response a prompt, all prompts in one batch.
 
     prompts: list of lists of token ids, ragged, none empty. stop_ids: ids that end a response (kept as its last token).
-    generator: a torch.Generator on the model's device. vocab_size: ids from here on are never drawn (models whose logits
-    are padded past the tokenizer). Returns responses, a list of lists of ids of at most max_new_tokens, or (responses,
+    generator: a torch.Generator on the model's device. vocab_size: ids from here on are never drawn (models whose
+    logits are padded past the tokenizer). Returns responses, a list of lists of ids of at most max_new_tokens, or (responses,
     logprobs), logprobs a list of lists of floats: log-probabilities in nats of the drawn tokens under the untruncated
     distribution at `temperature` (1.0 when greedy). No gradient; the modules' training modes are left as found, dropout
     is off meanwhile. Raises ValueError for an empty prompt or parameters out of range.
     """
     if not (math.isfinite(temperature) and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens >= 1):
-        raise ValueError("sampling needs a finite temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0 and max_new_tokens ≥ 1, not "
-                         f"{temperature}, {top_p}, {top_k}, {max_new_tokens}")
+        raise ValueError("sampling needs a finite temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0, max_new_tokens ≥ 1, "
+                         f"not {temperature}, {top_p}, {top_k}, {max_new_tokens}")
     if not all(prompts):
         raise ValueError("a prompt without tokens")
     responses, logprobs = [[] for _ in prompts], [[] for _ in prompts]
@@ -157,7 +157,7 @@ def add_model_flags(parser, model="data/tiny"):
 
 
 def find_device(name, dtype="auto"):
-    """The one place where device and dtype are chosen: (torch.device, torch.dtype). Raises UserError if it is not here."""
+    """The one place where device and dtype are chosen: (torch.device, torch.dtype). Raises UserError."""
     gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(gpu if name == "auto" else name)
@@ -230,7 +230,8 @@ def main(args):
         raise UserError("--prompt is empty")
     model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
     generator = torch.Generator(model.device).manual_seed(args.seed)
-    turns = [args.prompt] if args.prompt is not None else iter(lambda: input("> ") if sys.stdin.isatty() else input(), "")
+    ask = lambda: input("> " if sys.stdin.isatty() else "")
+    turns = [args.prompt] if args.prompt is not None else iter(ask, "")  # an empty line ends
     try:
         for text in turns:
             print(*answer(model, tokenizer, [text], max_new_tokens=args.max_new_tokens, temperature=args.temperature,
