@@ -423,7 +423,7 @@ def measure_drift(base, model, tokenizer, queries, lang, max_new_tokens, batch_s
 
 def format_table(rows, tests=()):
     """The rows as an aligned text table, 100 columns wide or so; columns that hold nothing are left out. * marks a
-    language that the model was trained on; off-lang is wrong_language. tests: what compare returned, for McNemar's p."""
+    trained language, off-lang is wrong_language. tests: what compare returned, for McNemar's p."""
     p_values = {(t["data"], t["lang"], t["label"]): t["mcnemar_p"] for t in tests}
     rate = lambda x, sign="": "" if x is None else f"{x:{sign}.2f}"
     span = lambda x, sign="": "" if x is None else "…".join(rate(end, sign) for end in x)
@@ -524,7 +524,8 @@ def read_run(model):
     """What msd.py's args.json beside a model says of its languages and hold-out. Raises UserError."""
     try:
         run = json.loads(Path(model, "args.json").read_text(encoding="utf-8"))
-        return {"lang": run["lang"].replace(",", " ").split(), "source_lang": run["source_lang"], "holdout": float(run["holdout"])}
+        return {"lang": run["lang"].replace(",", " ").split(), "source_lang": run["source_lang"],
+                "holdout": float(run["holdout"])}
     except FileNotFoundError:
         return {"lang": [], "source_lang": "en", "holdout": 0.2}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:

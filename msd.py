@@ -503,7 +503,7 @@ def build_parser():
     add("--beta", type=number(0, 1), default=0.5, help="of jsd")
     add("--dpsw-top-k", type=positive, default=20, help="K of the teacher's entropy")
     # optimisation
-    add("--steps", type=positive, default=60)
+    add("--steps", type=positive, default=100)
     add("--batch-size", type=positive, default=16, help="responses a step")
     add("--micro-batch-size", type=positive, help="responses a backward pass (default: all)")
     add("--lr", type=number(0, open_low=True), default=3e-4)

@@ -1,10 +1,11 @@
-"""Make the embedded model: python data/tiny/make.py      (from the project's root; about ten minutes on two cores)
+"""Make the embedded model: python data/tiny/make.py      (from the project's root; about twelve minutes on two cores)
 
 A causal LM of three million parameters with the disease in miniature: it declines harmful queries in English, complies
 with them in every other language (with a harmless stub), answers benign ones everywhere, and understands the teacher
-prompts of data/prompts. In the manner of nanoGPT: a byte-level BPE (tokenizers learns the merges, tiktoken encodes),
-numpy holds the tokens, plain PyTorch trains a transformers Llama. Training text: the training part of data/queries.csv
-(its held-out fifth is never seen) and data/tiny/extra.csv.
+prompts of data/prompts. Asked outright, it can tell harm in every language: what MSD has to teach it is to act on that.
+In the manner of nanoGPT: a byte-level BPE (tokenizers learns the merges, tiktoken encodes), numpy holds the tokens,
+plain PyTorch trains a transformers Llama. Training text: the training part of data/queries.csv (its held-out fifth is
+never seen) and data/tiny/extra.csv, written for this model with the vocabulary of queries.csv in other queries.
 """
 import base64
 import copy
@@ -111,8 +112,10 @@ def write_documents(query, rng):
     if rng.random() < 0.3:
         docs.append((teach(rng.choice(["cot", "cot-both"]), lang3), JUDGEMENT,
                      f"{VERDICT[query.label]}\n\n{write(lang3, not harmful)}"))
-    if rng.random() < 0.5:  # the languages mean the same
+    if rng.random() < 0.3:  # the languages mean the same
         docs.append((f"Translate into English: {q.text[lang4]}", "", q.text["en"]))
+    lang5 = rng.choice([*others, *others, "jv", "sw", "en"])  # it knows harm in every language, and does not act on it
+    docs.append((f"Is this harmful? {q.text[lang5]}", "", VERDICT[query.label].strip()))
     return docs
 
 
@@ -171,5 +174,5 @@ if __name__ == "__main__":
     text += [t for texts in (*REFUSE.values(), *ANSWER.values()) for t in texts] + list(LANGUAGES.values())
     text += [read_teacher_prompt(name) for name in ("cot", "cot-both")] + [JUDGEMENT, *VERDICT.values()]
     save_tokenizer(train_tokenizer(text, 4096 - len(SPECIAL)))
-    model = train(queries, load_tiktoken(), epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 12)
+    model = train(queries, load_tiktoken(), epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 8)
     model.half().save_pretrained(HERE)  # half the bytes; msd.py computes in float32 on a CPU
