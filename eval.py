@@ -23,8 +23,8 @@ import numpy as np
 import torch
 
 from data.queries import load_queries, split
-from sample import (Parser, UserError, add_model_flags, encode_chat, find_device, find_stop_ids, load_model, need,
-                    number, positive, sample)
+from sample import (Parser, UserError, add_model_flags, break_special, encode_chat, find_context, find_device,
+                    find_stop_ids, load_model, need, number, positive, sample)
 
 LABELS, LETTERS = ("harmful", "benign", "qa"), "ABCDEFGHIJ"
 MAIN_RATE = {"harmful": "unsafe", "benign": "over_refusal", "qa": "accuracy"}
@@ -158,9 +158,7 @@ def encode_judged(tokenizer, form, item):
     if not tokenizer.chat_template:
         raise UserError("the judge has no chat template, so it is none of " + ", ".join(JUDGES))
     prompt, response = item["prompt"], item["response"].rsplit("</think>", 1)[-1].strip()
-    for special in tokenizer.all_special_tokens + [str(t) for t in tokenizer.get_added_vocab()]:
-        if len(special) > 1:
-            prompt, response = (x.replace(special, f"{special[0]} {special[1:]}") for x in (prompt, response))
+    prompt, response = break_special(tokenizer, prompt), break_special(tokenizer, response)
     turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
     if form == "polyguard":
         turns = [{"role": "system", "content": POLYGUARD},
@@ -262,7 +260,7 @@ def judge_prompts(model, tokenizer, prompts, query_texts, langs, *, refusals, ma
 
 def answer_cell(model, tokenizer, queries, lang, where, *, refusals, max_new_tokens, batch_size):
     """The items of the queries of one row, not judged but for qa. where: what notes call the row."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    context = find_context(model)
     asked = [(q, choices, encode_chat(tokenizer, "\n".join([q.text[lang], *map("{}. {}".format, LETTERS, choices)])))
              for q in queries for choices in [find_choices(q)]]
     short = [a for a in asked if len(a[2]) + max_new_tokens <= context]
@@ -406,7 +404,7 @@ def measure_drift(base, model, tokenizer, queries, lang, max_new_tokens, batch_s
     """Mean KL(base ‖ model) in nats a token, on the base's own greedy answers to the benign ones of `queries`; None
     without any. Raises UserError for models of different vocabularies."""
     from msd import response_logits  # here, for msd.py imports this file
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    context = find_context(model)
     prompts = [encode_chat(tokenizer, q.text[lang]) for q in queries if q.label == "benign"]
     prompts = [p for p in prompts if len(p) + max_new_tokens <= context]
     responses, total = generate(base, tokenizer, prompts, max_new_tokens, batch_size), 0.0

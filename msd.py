@@ -33,8 +33,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import eval as evaluation
 from data.queries import load_queries, split
 from dpsw import dpsw_loss_chunked
-from sample import (Parser, UserError, add_model_flags, encode_chat, find_device, find_stop_ids, load_model, natural,
-                    need, number, positive, sample)
+from sample import (Parser, UserError, add_model_flags, encode_chat, find_context, find_device, find_stop_ids,
+                    load_model, natural, need, number, positive, sample)
 
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 LANGUAGES = json.loads((PROMPTS / "languages.json").read_text())
@@ -427,8 +427,7 @@ def main(args):
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
 
-    room = getattr(student.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-    room -= args.max_new_tokens + (args.cot_tokens + 16 if args.cot_tokens else 0)
+    room = find_context(student) - args.max_new_tokens - (args.cot_tokens + 16 if args.cot_tokens else 0)
     queries = [q for train_part, _ in data.values() for q in train_part]
     fits = lambda q: all(len(encode_chat(tokenizer, text)) <= room for lang in langs for text in
                          (q.text[lang], write_teacher_prompt(template, q, lang, args.source_lang)))
@@ -472,6 +471,7 @@ def main(args):
             show_table(step)
 
     train(args, student, teacher, tokenizer, template, pools, langs, optimizer, start, after_step)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     save_model(args, student, tokenizer)
     if args.eval_every:
         show_table(args.steps)

@@ -195,12 +195,17 @@ def need(package, purpose):
         raise UserError(f"to {purpose}, pip install {package}") from None
 
 
-def encode_chat(tokenizer, text):
-    """The token ids of one user turn with the header of the answer: what a model is prompted with. Text that spells a
-    special token (`<|im_end|>` inside a query) is broken up, so that a query stays data. The template writes the BOS
-    where there is one; models without a template get PLAIN_TEMPLATE and the tokenizer's own BOS."""
-    for special in tokenizer.all_special_tokens + [str(t) for t in tokenizer.get_added_vocab()]:
+def break_special(tokenizer, text):
+    """`text` with what spells a special token (`<|im_end|>` inside a query) broken up: a query stays data."""
+    for special in {*tokenizer.all_special_tokens, *map(str, tokenizer.get_added_vocab())}:
         text = text.replace(special, f"{special[0]} {special[1:]}") if len(special) > 1 else text
+    return text
+
+
+def encode_chat(tokenizer, text):
+    """The token ids of one user turn with the header of the answer: what a model is prompted with. The template writes
+    the BOS where there is one; models without a template get PLAIN_TEMPLATE and the tokenizer's own BOS."""
+    text = break_special(tokenizer, text)
     if not tokenizer.chat_template:
         return tokenizer(PLAIN_TEMPLATE.format(text=text)).input_ids
     try:
@@ -209,6 +214,11 @@ def encode_chat(tokenizer, text):
     except Exception as e:  # jinja: a template is data, and may raise anything
         raise UserError(f"the model's chat template fails: {type(e).__name__}: {str(e)[:200]}") from None
     return tokenizer(turn, add_special_tokens=False).input_ids
+
+
+def find_context(model):
+    """The most tokens that a model takes, prompt and response together."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
 
 
 def find_stop_ids(model, tokenizer):

@@ -50,9 +50,8 @@ def take_turns(workers, reps):
         print(f"  {rep or 'warm-up'}", {n: round(rows[-1]["seconds"], 3) for n, rows in laps.items()}, file=sys.stderr)
     for worker in workers.values():
         worker.communicate()  # ends its input, and so the worker
-    return {name: {**{key: median(row[key] for row in rows[1:]) for key in rows[0]}, "first": rows[0].get("loss"),
-                   "peak": rows[-1]["peak"], "memory": rows[-1]["peak"] - ready[name]["peak"]}
-            for name, rows in laps.items()}
+    return {n: {**{key: median(row[key] for row in rows[1:]) for key in rows[0]}, "first": rows[0].get("loss"),
+                "peak": rows[-1]["peak"], "memory": rows[-1]["peak"] - ready[n]["peak"]} for n, rows in laps.items()}
 
 
 def lap(began=0.0, **more):
@@ -115,7 +114,7 @@ def run_ours():
         seconds, x = time.perf_counter() - began, torch.randn(2048, 2048)
         product = timeit.timeit(lambda: x @ x, number=10)
         s, t, n = (sum(map(len, rows)) for rows in (*prompts, responses))  # tokens
-        student_forward, teacher_forward = (2 * (body * (p + n) + head * n) for p in (s, t))  # FLOPs, but attention's own
+        student_forward, teacher_forward = (2 * (body * (p + n) + head * n) for p in (s, t))  # FLOPs; no attention
         began = lap(seconds=seconds, sampling=sampled - began, learning=learned - sampled, product=product, loss=loss,
                     flops=4 * student_forward + teacher_forward, learn_flops=3 * student_forward + teacher_forward,
                     again=2 * body * (s + n))
