@@ -39,6 +39,8 @@ from sample import (Parser, UserError, add_model_flags, encode_chat, find_contex
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 LANGUAGES = json.loads((PROMPTS / "languages.json").read_text())
 LABELS = ("harmful", "benign", "qa")
+MAY_CHANGE = {"steps", "save_every", "eval_every", "eval_limit", "eval_lang", "preflight", "device", "resume", "overwrite",
+              "max_bad_steps", "plan", "fit"}  # flags that need not be the same under --resume
 JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
 
 
@@ -57,52 +59,37 @@ def find_head(model):
     return model.base_model, head
 
 
-def forward_rows(model, rows, packed, hidden):
-    """Run rows of ids through the decoder (hidden) or the whole model: (positions, H or V), and where each row starts.
-
-    packed: end to end with restarting positions, which transformers keeps apart: no padding, no mask, no special case.
-    Else padded on the right, exact for any causal model without a mask: what is right of a token cannot reach it."""
-    device, T = next(model.parameters()).device, max(map(len, rows))
-    if packed:
-        starts, ids = [0, *itertools.accumulate(map(len, rows))], [[t for row in rows for t in row]]
-        inputs = {"position_ids": torch.tensor([[i for row in rows for i in range(len(row))]], device=device)}  # (1, T)
-    else:
-        starts, ids, inputs = range(0, T * len(rows), T), [row + [0] * (T - len(row)) for row in rows], {}
-    run = find_head(model)[0] if hidden else model
-    out = run(input_ids=torch.tensor(ids, device=device), use_cache=False, **inputs)
-    return (out.last_hidden_state if hidden else out.logits).flatten(0, 1), starts
-
-
 @torch.no_grad()
-def find_fast_path(model, _known=weakref.WeakKeyDictionary()):
-    """(packed, hidden): which shortcuts give this model's own logits, tried once on two short rows; one that does not
-    steps aside and says so."""
+def is_packing_exact(model, _known=weakref.WeakKeyDictionary()):
+    """Whether packed rows and hidden states give this model's own logits: tried once, on two short rows."""
     if model not in _known:
         vocab = model.get_input_embeddings().num_embeddings
-        rows = [[7 * i % vocab for i in range(1, 12)], [5 * i % vocab for i in range(1, 7)]]
-        plain = torch.cat([forward_rows(model, [row], False, False)[0] for row in rows]).float()
+        rows = [[[7 * i % vocab for i in range(1, 6)], [3]], [[7 * i % vocab for i in range(6, 12)], [5, 4, 3, 2, 1]]]
+        plain, packed = (head(x).float() for x, head in (response_hidden(model, *rows, packed) for packed in (0, 1)))
         tolerance = plain.std() * (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2)
-
-        def exact(packed, hidden):
-            x, head = forward_rows(model, rows, packed, hidden)[0], find_head(model)[1]
-            x = (head(x) if hidden else x).float()
-            return x.shape == plain.shape and bool((x - plain).abs().max() <= tolerance) if packed else True
-        packed = exact(True, False)
-        _known[model] = packed, packed and exact(True, True)
-        if not all(_known[model]):
-            print(f"note: {type(model).__name__}: {'logits from hidden states' if packed else 'packed rows'} would not "
-                  "be exact; taking the plain, slower way", file=sys.stderr)
+        _known[model] = plain.shape == packed.shape and bool((plain - packed).abs().max() <= tolerance)
+        if not _known[model]:
+            print(f"note: {type(model).__name__}: packed rows would not be exact; a row at a time, then", file=sys.stderr)
     return _known[model]
 
 
-def response_hidden(model, prompts, responses):
-    """(hidden (N, H), head): head(hidden) are the logits that predict each response token, rows in order. Where the
-    fast path is not exact: the logits themselves, and the identity."""
-    packed, hidden = find_fast_path(model)
-    x, starts = forward_rows(model, [p + r for p, r in zip(prompts, responses)], packed, hidden)
-    at = [start + len(p) + i - 1 for start, p, r in zip(starts, prompts, responses) for i in range(len(r))]  # the shift
-    at = torch.tensor(at, dtype=torch.long, device=x.device)
-    return x[at], find_head(model)[1] if hidden else lambda logits: logits
+def response_hidden(model, prompts, responses, packed=None):
+    """(hidden (N, H), head): head(hidden) are the logits that predict each response token, rows in order.
+
+    packed: the rows end to end with restarting positions, which transformers keeps apart: no padding, no mask, 0.7 of a
+    padded batch's time (tests/bench.py step). Else a row at a time, the logits themselves, and the identity as head."""
+    rows, device = [p + r for p, r in zip(prompts, responses)], next(model.parameters()).device
+    if is_packing_exact(model) if packed is None else packed:
+        decoder, head = find_head(model)
+        ids, positions = [[t for row in rows for t in row]], [[i for row in rows for i in range(len(row))]]  # (1, T)
+        x = decoder(input_ids=torch.tensor(ids, device=device), position_ids=torch.tensor(positions, device=device),
+                    use_cache=False).last_hidden_state[0]
+    else:
+        head = lambda logits: logits
+        x = torch.cat([model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0] for row in rows])
+    ends = itertools.accumulate(map(len, rows))
+    at = [i - 1 for end, r in zip(ends, responses) for i in range(end - len(r), end)]  # the shift: i − 1 predicts i
+    return x[torch.tensor(at, dtype=torch.long, device=device)], head
 
 
 def response_logits(model, prompts, responses):
@@ -261,26 +248,25 @@ def evaluate(model, tokenizer, heldout, langs, judging):
 # --- what a run leaves behind ---
 
 def prepare_out(args):
-    """Make --out, or refuse: never write over another run, never resume with other flags."""
-    out, may_change = Path(args.out), ("steps", "save_every", "eval_every", "eval_limit", "eval_lang", "preflight",
-                                       "device", "resume", "overwrite", "max_bad_steps")
+    """Make --out, or refuse: never write over another run or through a link, never resume with other flags."""
+    out, now = Path(args.out), vars(args)
     try:
+        if links := [str(p) for p in (out, *out.glob("*")) if p.is_symlink()]:
+            raise UserError(f"--out {out}: {links[0]} is a symbolic link, which is not followed")
         if args.resume:
-            if not (out / "checkpoint.pt").is_file():
+            if not Path(out, "checkpoint.pt").is_file():
                 raise UserError(f"--resume: there is no checkpoint in {out}")
-            before, now = json.loads((out / "args.json").read_text()), vars(args)
-            changed = [f"--{k.replace('_', '-')} {before.get(k)} -> {now[k]}" for k in now
-                       if k not in may_change and before.get(k) != now[k]]
-            if changed:
+            before = json.loads(Path(out, "args.json").read_text())
+            if changed := [f"--{k.replace('_', '-')} {before.get(k)} -> {now[k]}" for k in now
+                           if k not in MAY_CHANGE and before.get(k) != now[k]]:
                 raise UserError(f"--resume with other flags than {out}/args.json: {'; '.join(changed)}")
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             if not args.overwrite:
                 raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
-            if not (out / "args.json").is_file():
+            if not Path(out, "args.json").is_file():
                 raise UserError(f"--overwrite replaces runs, and {out} is none (it holds no args.json)")
             shutil.rmtree(out)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").write_text(json.dumps(vars(args), indent=1))
+        evaluation.write(out / "args.json", json.dumps(now, indent=1))
     except (OSError, json.JSONDecodeError) as e:
         raise UserError(f"cannot use --out {out}: {e}") from None
 

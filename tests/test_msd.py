@@ -45,30 +45,29 @@ def test_every_row_of_a_packed_batch_equals_its_own_forward_in_logits_and_gradie
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_fast_path_is_taken_and_its_head_gives_the_models_own_logits(name):
     model = build_model(name)
-    assert msd.find_fast_path(model) == (True, True)
+    assert msd.is_packing_exact(model)
     hidden, head = response_hidden(model, PROMPTS, RESPONSES)
     assert hidden.shape == (15, 32)
     torch.testing.assert_close(head(hidden), torch.cat([alone(model, p, r) for p, r in zip(PROMPTS, RESPONSES)]),
                                atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("breaks, path, said", [("positions", (False, False), "packed rows"),
-                                                 ("logits", (True, False), "logits from hidden states")])
-def test_where_a_shortcut_is_not_exact_the_plain_way_is_taken_and_said_once(breaks, path, said, capsys):
+@pytest.mark.parametrize("breaks", ["positions", "logits"])
+def test_where_packing_is_not_exact_rows_are_scored_one_at_a_time_and_it_is_said_once(breaks, capsys):
     model = build_model("Llama")
-    inner = model.forward
+    broken = model if breaks == "logits" else model.model
+    inner = broken.forward
 
-    def forward(**kw):  # a model that ignores restarting positions, or one whose logits are not its head's
+    def forward(**kw):  # a model whose logits are not its head's, or one that ignores restarting positions
         kw.pop("position_ids", None) if breaks == "positions" else None
-        return SimpleNamespace(logits=inner(**kw).logits * (1 if breaks == "positions" else 2))
-    model.forward = forward
+        out = inner(**kw)
+        return SimpleNamespace(logits=out.logits * 2) if breaks == "logits" else out
+    broken.forward = forward
     for _ in range(2):
         logits = response_logits(model, PROMPTS, RESPONSES)
     expected = torch.cat([alone(model, p, r) for p, r in zip(PROMPTS, RESPONSES)])
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
-    assert msd.find_fast_path(model) == path
-    err = capsys.readouterr().err
-    assert err.count("note:") == 1 and said in err
+    assert not msd.is_packing_exact(model) and capsys.readouterr().err.count("note:") == 1
 
 
 def test_the_same_prompt_and_weights_on_both_sides_give_divergence_exactly_zero(model):
