@@ -152,9 +152,9 @@ def enable_grad_checkpoint(model):
         module.training = isinstance(module, GradientCheckpointingLayer)
 
 
-def load_models(args):
+def load_models(args, device, dtype):
     """(student, teacher, tokenizer) from --model: adapters, teacher and checkpointing as the flags say."""
-    model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
+    model, tokenizer = load_model(args.model, device, dtype)
     if hasattr(model, "peft_config"):
         raise UserError(f"--model {args.model} is an adapter: train its base with --lora-rank")
     student, teacher = model, model.requires_grad_(not args.lora_rank)
@@ -181,6 +181,18 @@ def load_split(args, path, langs):
         return split(load_queries(path, list(dict.fromkeys([args.source_lang, *langs])), args.label), args.holdout)
     except ValueError as e:
         raise UserError(e) from None
+
+
+def drop_long(args, model, tokenizer, template, langs, queries):
+    """The queries whose prompts fit the model's context beside a response; the others are counted. Raises UserError."""
+    room = find_context(model) - args.max_new_tokens - (args.cot_tokens + 16 if args.cot_tokens else 0)
+    short = [q for q in queries if all(len(encode_chat(tokenizer, text)) <= room for lang in langs for text in
+                                       (q.text[lang], write_teacher_prompt(template, q, lang, args.source_lang)))]
+    if len(short) < len(queries):
+        print(f"note: {len(queries) - len(short)} queries do not fit the model's context: skipped", file=sys.stderr)
+    if not short:
+        raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or give more --data")
+    return short
 
 
 def pick_batch(harmful, others, langs, args, step):
@@ -337,7 +349,7 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
     token of the first response)."""
     options = dict(weighting=args.weighting, student_view=args.student_view, divergence=args.divergence,
                    top_k=args.dpsw_top_k, beta=args.beta)
-    n, size, loss, parts = sum(map(len, responses)), args.micro_batch_size or len(responses), 0.0, []
+    n, size, loss, parts = max(1, sum(map(len, responses))), args.micro_batch_size or len(responses), 0.0, []
     for i in range(0, len(responses), size):
         s, t, r = (x[i:i + size] for x in (student_prompts, teacher_prompts, responses))
         with torch.no_grad():
@@ -358,8 +370,8 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
     return loss, stats, teacher_top
 
 
-def train(args, student, teacher, tokenizer, template, pools, langs, optimizer, start, after_step):
-    """The algorithm box. pools: (harmful, other) queries; after_step(step): what is done between steps."""
+def train(args, student, teacher, tokenizer, template, pools, langs, optimizer, start):
+    """The algorithm box. pools: (harmful, other) queries. Yields after each step (steps done, bad ones in a row)."""
     params, bad = [p for p in student.parameters() if p.requires_grad], 0
     generator, stop_ids = torch.Generator(student.device), find_stop_ids(student, tokenizer)
     metrics, samples = (open(Path(args.out, f"{name}.jsonl"), "a", encoding="utf-8") for name in ("metrics", "samples"))
@@ -388,7 +400,7 @@ def train(args, student, teacher, tokenizer, template, pools, langs, optimizer, 
         # 5. tell
         n, seconds = sum(map(len, responses)), time.perf_counter() - began
         mean = {name: x.mean().item() for name, x in stats.items()}
-        truncated = sum(r[-1] not in stop_ids for r in responses) / len(batch)
+        truncated = sum(r[-1:] == [] or r[-1] not in stop_ids for r in responses) / len(batch)
         row = {"step": step + 1, "loss": loss, **mean, "grad_norm": grad_norm, "lr": lr, "response_tokens": n,
                "response_len": n / len(batch), "truncated": truncated, "skipped": bool(bad), "seconds": seconds,
                "tokens_per_s": n / seconds, "peak_mem_gb": peak_memory(student.device)}
@@ -398,69 +410,59 @@ def train(args, student, teacher, tokenizer, template, pools, langs, optimizer, 
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
         bar.set_postfix_str(f"loss {loss:.4f}, kl {mean['divergence']:.3f}, {n / len(batch):.0f} tokens a response"
                             + ", skipped: not finite" * bool(bad))
-        after_step(step + 1, bad)
+        yield step + 1, bad
 
 
 def main(args):
-    """Read the data, load the model, preflight, train, evaluate, save."""
+    """Read the data, load the models, preflight, train, evaluate, save."""
     langs = list(dict.fromkeys(args.lang.replace(",", " ").split()))
     if not langs:
         raise UserError("--lang names no language")
     args.data, args.out = args.data or ["data/queries.csv"], args.out or f"out/{'-'.join(langs)}"
     template, refusals = read_teacher_prompt(args.teacher_prompt), evaluation.load_refusals()
     data = {path: load_split(args, path, langs) for path in args.data}
-    student, teacher, tokenizer = load_models(args)
+    student, teacher, tokenizer = load_models(args, *find_device(args.device, args.dtype))
+    queries = drop_long(args, student, tokenizer, template, langs, [q for part, _ in data.values() for q in part])
+    pools = [[q for q in queries if (q.label == "harmful") == harmful] for harmful in (True, False)]
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-
-    room = find_context(student) - args.max_new_tokens - (args.cot_tokens + 16 if args.cot_tokens else 0)
-    queries = [q for train_part, _ in data.values() for q in train_part]
-    fits = lambda q: all(len(encode_chat(tokenizer, text)) <= room for lang in langs for text in
-                         (q.text[lang], write_teacher_prompt(template, q, lang, args.source_lang)))
-    short = [q for q in queries if fits(q)]
-    if len(short) < len(queries):
-        print(f"note: {len(queries) - len(short)} queries do not fit the model's context: skipped", file=sys.stderr)
-    if not short:
-        raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or give more --data")
     prepare_out(args)
-    start = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
-    pools = [[q for q in short if (q.label == "harmful") == harmful] for harmful in (True, False)]
+    step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
     print(f"msd: {args.model} on {student.device} in {student.dtype}, {sum(p.numel() for p in params):,} weights "
           f"trained on {len(pools[0])} harmful and {len(pools[1])} other queries in {', '.join(langs)}; "
           f"{args.policy}-policy, {args.teacher} teacher under '{args.teacher_prompt}'", flush=True)
-    heldout, before = find_heldout(args, langs, data) if args.eval_every else [], Path(args.out, "before.json")
+
     judging = dict(refusals=refusals, max_new_tokens=args.max_new_tokens, batch_size=64)
+    heldout, before = find_heldout(args, langs, data) if args.eval_every else [], Path(args.out, "before.json")
     if args.eval_every and not (args.resume and before.is_file()):
         for lang in langs if args.preflight else []:
-            preflight(args, student, teacher, tokenizer, template, short, lang, judging)
-        before.write_text(json.dumps(evaluate(student, tokenizer, heldout, langs, judging)))
-
-    interrupted = []  # Ctrl-C once: finish the step and save; twice: leave
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupted else interrupted.append(True))
+            preflight(args, student, teacher, tokenizer, template, queries, lang, judging)
+        evaluation.write(before, json.dumps(evaluate(student, tokenizer, heldout, langs, judging)))
 
     def show_table(step):
         rows, items = evaluate(student, tokenizer, heldout, langs, judging)
         tests = evaluation.compare(rows, items, *json.loads(before.read_text()))
-        print(f"\nheld-out queries before (base) and after {step} steps")
-        print(evaluation.format_table(rows, tests), flush=True)
+        evaluation.write(Path(args.out, "after.json"), json.dumps((rows, items)))
+        print(f"\nheld-out queries before (base) and after {step} steps\n{evaluation.format_table(rows, tests)}", flush=True)
 
-    def after_step(step, bad):
-        due = args.save_every and (step % args.save_every == 0 or step == args.steps)
-        if interrupted or bad >= args.max_bad_steps or due:
+    interrupted = []  # Ctrl-C once: finish the step and save; twice: leave
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupted else interrupted.append(True))
+    for step, bad in train(args, student, teacher, tokenizer, template, pools, langs, optimizer, step):
+        stop = interrupted or bad >= args.max_bad_steps
+        if stop or args.save_every and (step % args.save_every == 0 or step == args.steps):
             save_checkpoint(args, step, student, teacher, optimizer)
         if interrupted:
             print(f"\ninterrupted after step {step}: --resume goes on", file=sys.stderr)
             sys.exit(130)
-        if bad >= args.max_bad_steps:
+        if stop:
+            save_model(args, student, tokenizer)
             raise UserError(f"{bad} steps in a row were not finite; lower --lr; the last good weights: {args.out}")
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             show_table(step)
-
-    train(args, student, teacher, tokenizer, template, pools, langs, optimizer, start, after_step)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     save_model(args, student, tokenizer)
     if args.eval_every:
-        show_table(args.steps)
+        show_table(step)
     print(f"the model lies in {args.out}; talk to it: python sample.py --model {args.out} --prompt '…'")
 
 

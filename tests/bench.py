@@ -96,7 +96,7 @@ def run_ours():
     """The box of msd.train, on the same rows every step and without stop ids: all sides write equally many tokens.
     Then, outside of the step's time, ten large matrix products: the rate that the machine has at that moment."""
     args, queries, template = prepare_step(JOB.get("rows", 8))
-    student, teacher, tokenizer = msd.load_models(args)
+    student, teacher, tokenizer = msd.load_models(args, torch.device("cpu"), torch.float32)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0)
     unembed, embed = student.get_output_embeddings().weight, student.get_input_embeddings().weight
     head, body = unembed.numel(), sum(p.numel() for p in {*student.parameters()} - {embed, unembed})
