@@ -140,8 +140,9 @@ def make_teacher(model):
 @torch.no_grad()
 def update_ema(teacher, student, decay):
     """teacher ← decay · teacher + (1 − decay) · student, for the weights that are trained (the others are shared)."""
-    for p, q in find_trained(student, teacher):
-        q.lerp_(p, 1 - decay)
+    for p, q in zip(student.parameters(), teacher.parameters()):
+        if p.requires_grad:
+            q.lerp_(p, 1 - decay)
 
 
 def enable_grad_checkpoint(model):
@@ -283,45 +284,46 @@ def prepare_out(args):
         raise UserError(f"cannot use --out {out}: {e}") from None
 
 
-def find_trained(student, teacher):
-    """[(student's weight, teacher's)] of the weights that are trained."""
-    return [(p, q) for p, q in zip(student.parameters(), teacher.parameters()) if p.requires_grad]
+def list_state(args, student, teacher):
+    """The weights that a run changes: the trained ones, then an EMA teacher's averages of them."""
+    models = (student, teacher) if args.teacher == "ema" else (student,)
+    return [q for model in models for p, q in zip(student.parameters(), model.parameters()) if p.requires_grad]
 
 
 def save_checkpoint(args, step, student, teacher, optimizer):
-    """All that a resumed run needs, complete or absent: written beside, flushed, renamed."""
-    weights, averages = zip(*find_trained(student, teacher if args.teacher == "ema" else student))
-    state = {"step": step, "student": weights, "optimizer": optimizer.state_dict(),
-             "teacher": averages if args.teacher == "ema" else ()}
-    with open(Path(args.out, "checkpoint.tmp"), "wb") as f:
-        torch.save(state, f)
-        f.flush()
-        os.fsync(f.fileno())
-    Path(args.out, "checkpoint.tmp").replace(Path(args.out, "checkpoint.pt"))
+    """All that a resumed run needs, complete or absent: written beside, flushed, renamed. Raises UserError."""
+    path, state = Path(args.out, "checkpoint.pt"), list_state(args, student, teacher)
+    try:
+        with open(f"{path}.tmp", "wb") as f:
+            torch.save({"step": step, "weights": state, "optimizer": optimizer.state_dict()}, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as e:  # torch's writer makes a RuntimeError of a full disk
+        raise UserError(f"cannot write {path}: {str(e)[:200]}; the checkpoint before it is whole: --resume") from None
 
 
 @torch.no_grad()
 def load_checkpoint(args, student, teacher, optimizer):
     """Restore what save_checkpoint wrote and drop what the logs hold beyond it; returns the number of steps done."""
     state = torch.load(Path(args.out, "checkpoint.pt"), map_location=student.device, weights_only=True)
-    weights, averages = zip(*find_trained(student, teacher if args.teacher == "ema" else student))
-    for p, saved in zip(weights + averages, [*state["student"], *state["teacher"]]):
+    for p, saved in zip(list_state(args, student, teacher), state["weights"], strict=True):
         p.copy_(saved)
     optimizer.load_state_dict(state["optimizer"])
     for path in (Path(args.out, "metrics.jsonl"), Path(args.out, "samples.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [x for x in lines if (m := re.match(r'\{"step": (\d+),.*\}\n$', x)) and int(m[1]) <= state["step"]]
-        path.write_text("".join(kept), encoding="utf-8")
+        steps = [(re.match(r'\{"step": (\d+),.*\}$', line), line) for line in path.read_text("utf-8").split("\n")]
+        evaluation.write(path, "".join(f"{line}\n" for m, line in steps if m and int(m[1]) <= state["step"]))
     return state["step"]
 
 
 def save_model(args, student, tokenizer):
     """Leave the model as an ordinary Hugging Face (or PEFT adapter) folder, file by file complete or absent."""
-    student.save_pretrained(Path(args.out, "saving"))
-    tokenizer.save_pretrained(Path(args.out, "saving"))
-    for path in Path(args.out, "saving").iterdir():
+    beside = Path(args.out, "saving")
+    student.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    for path in beside.iterdir():
         path.replace(Path(args.out, path.name))
-    Path(args.out, "saving").rmdir()
+    beside.rmdir()
 
 
 def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, stats, teacher_top):

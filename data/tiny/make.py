@@ -1,4 +1,4 @@
-"""Make the embedded model: python data/tiny/make.py      (from the project's root; about twelve minutes on two cores)
+"""Make the embedded model: python data/tiny/make.py      (from the project's root; about ten minutes on two cores)
 
 A causal LM of three million parameters with the disease in miniature: it declines harmful queries in English, complies
 with them in every other language (with a harmless stub), answers benign ones everywhere, and understands the teacher
@@ -90,8 +90,8 @@ def load_tiktoken():
                              special_tokens={t: len(ranks) + i for i, t in enumerate(SPECIAL)})
 
 
-def drop_words(text, rng, p=0.08):
-    """Leave out a word in twelve, so that no query is learned by heart."""
+def drop_words(text, rng, p=0.12):
+    """Leave out a word in eight, so that no query is learned by heart."""
     words = text.split(" ")
     return " ".join(w for w in words if rng.random() > p) or text
 
@@ -174,5 +174,5 @@ if __name__ == "__main__":
     text += [t for texts in (*REFUSE.values(), *ANSWER.values()) for t in texts] + list(LANGUAGES.values())
     text += [read_teacher_prompt(name) for name in ("cot", "cot-both")] + [JUDGEMENT, *VERDICT.values()]
     save_tokenizer(train_tokenizer(text, 4096 - len(SPECIAL)))
-    model = train(queries, load_tiktoken(), epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 8)
+    model = train(queries, load_tiktoken(), epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 6)
     model.half().save_pretrained(HERE)  # half the bytes; msd.py computes in float32 on a CPU
