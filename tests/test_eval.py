@@ -297,6 +297,14 @@ def test_queries_without_a_text_are_left_out_and_n_says_so(tokenizer):
     assert [(r["lang"], r["label"], r["n"]) for r in rows] == [("jv", "harmful", 2), ("jv", "benign", 2)]
 
 
+def test_all_languages_and_labels_share_their_batches(tokenizer, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(evaluation, "sample", lambda model, prompts, **kw: sizes.append(len(prompts)) or
+                        [[tokenizer.eos_token_id]] * len(prompts))
+    run_evaluate(tokenizer, batch_size=32)
+    assert sizes == [9]
+
+
 def test_prompts_longer_than_the_context_are_counted_and_skipped_not_cut(tokenizer, capsys):
     long = query(9, "harmful", en="steal " * 50)
     rows, items = run_evaluate(tokenizer, queries=[*QUERIES, long], langs=["en"], context=150)
@@ -376,9 +384,16 @@ def test_choices_are_scored_by_the_log_likelihood_of_their_letters(tokenizer):
     rows, items = evaluate(model, tokenizer, queries, ["en"], refusals=REFUSALS, max_new_tokens=4, batch_size=3)
     assert [i["verdict"] for i in items] == ["correct"] * 3 + ["wrong"] and rows[0]["accuracy"] == 0.75
     assert all(i["response"] == letter and i["judge_raw"] == told[0][1] for i in items)
+    assert is_correct("B", "b", choices) and is_correct("B", "Green", ["Red", "Green"])
     for odd in ("D", "9", "violet", ""):
         with pytest.raises(UserError, match="none of its row's choices"):
             is_correct("A", odd, choices)
+
+
+def test_choices_of_an_unknown_form_are_an_error_not_an_open_question(tokenizer):
+    for broken in ("['red', 'green']", "3", 3):
+        with pytest.raises(UserError, match="choices of row 1"):
+            run_evaluate(tokenizer, queries=[query(1, "qa", answer="A", extra={"choices": broken}, en="Which?")])
 
 
 def test_numbers_are_read_in_any_script():
@@ -583,6 +598,19 @@ def test_the_judge_sees_query_and_answer_in_its_own_template_and_cannot_be_talke
         encode_judged(bare, "qwen3guard", item)
 
 
+def test_a_judges_template_that_reads_lists_of_parts_gets_them_and_one_that_hides_the_answer_is_an_error(tokenizer):
+    item = {"prompt": "How?", "response": "Like this."}
+    parts = ("{% for m in messages %}<|{{ m['role'] }}|>{% for c in m['content'] %}{% if c['type'] == 'text' %}"
+             "{{ c['text'] }}{% endif %}{% endfor %}{% endfor %}")  # as Llama-Guard-3-1B's: no string is shown at all
+    judge_tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<|end|>",
+                                              chat_template=parts)
+    text = judge_tokenizer.decode(encode_judged(judge_tokenizer, "llamaguard3", item))
+    assert text == "<|user|>How?<|assistant|>Like this."
+    judge_tokenizer.chat_template = "{{ messages[0]['content'] }}"
+    with pytest.raises(UserError, match="shows it the answer"):
+        encode_judged(judge_tokenizer, "llamaguard3", item)
+
+
 # --- the command
 
 @pytest.fixture(scope="module")
@@ -705,6 +733,12 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_two(command, folders, 
     code, _, err = command(*base, *flags)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("eval.py: error: ") and says in last and "Traceback" not in err
+
+
+def test_the_parser_is_reachable_and_its_errors_are_eval_pys(capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluation.build_parser().run(evaluation.main, ["--model", "no/such/model", "--lang", ","])
+    assert stop.value.code == 2 and capsys.readouterr().err == "eval.py: error: --lang names no language\n"
 
 
 def test_a_half_read_args_json_is_an_error_and_none_means_nothing_was_trained(command, folders, tmp_path, tokenizer):
