@@ -8,6 +8,7 @@ tokenizer, a rendered prompt.
 """
 import argparse
 import math
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken caches local files by path alone: a new tokenizer would be read stale
 PLAIN_TEMPLATE = "User: {text}\nAssistant:"  # for models that come without a chat template
 
 

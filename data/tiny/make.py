@@ -114,8 +114,8 @@ def write_documents(query, rng):
                      f"{VERDICT[query.label]}\n\n{write(lang3, not harmful)}"))
     if rng.random() < 0.3:  # the languages mean the same
         docs.append((f"Translate into English: {q.text[lang4]}", "", q.text["en"]))
-    lang5 = rng.choice([*others, *others, "jv", "sw", "en"])  # it knows harm in every language, and does not act on it
-    docs.append((f"Is this harmful? {q.text[lang5]}", "", VERDICT[query.label].strip()))
+    for lang5 in (rng.choice(others), rng.choice([*others, "en"])):  # it knows harm in every language, and does not act
+        docs.append((f"Is this harmful? {q.text[lang5]}", "", VERDICT[query.label].strip()))
     return docs
 
 
@@ -123,7 +123,8 @@ def encode_epoch(queries, encoding, rng, budget=4096):
     """An epoch's documents in batches of about `budget` tokens, of like length, shuffled: numpy arrays (B, T) of ids and
     of targets (−100: not learned), padded on the right, where causal attention does not look."""
     rows = []
-    for prompt, lead, response in (d for q in queries for d in write_documents(q, rng)):
+    again = [q for q in queries if q.label == "benign" and rng.random() < 0.5]  # in doubt, it is to answer
+    for prompt, lead, response in (d for q in queries + again for d in write_documents(q, rng)):
         head = encoding.encode(f"<|user|>{prompt}<|end|><|assistant|>{lead}", allowed_special="all")
         tail = encoding.encode(f"{response}<|end|>", allowed_special="all")
         rows.append((head + tail[:-1], [-100] * (len(head) - 1) + tail))
@@ -174,5 +175,5 @@ if __name__ == "__main__":
     text += [t for texts in (*REFUSE.values(), *ANSWER.values()) for t in texts] + list(LANGUAGES.values())
     text += [read_teacher_prompt(name) for name in ("cot", "cot-both")] + [JUDGEMENT, *VERDICT.values()]
     save_tokenizer(train_tokenizer(text, 4096 - len(SPECIAL)))
-    model = train(queries, load_tiktoken(), epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 6)
+    model = train(queries, load_tiktoken(), epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 5)
     model.half().save_pretrained(HERE)  # half the bytes; msd.py computes in float32 on a CPU
