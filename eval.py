@@ -433,7 +433,9 @@ def read_data(args):
     cells, errors = [], []
     for path, lang in itertools.product(args.data, args.lang.split(",")):
         try:
-            queries = load_queries(path, [lang], args.label)
+            # a query is held out by its text in English, or else in the source language: that of training
+            langs = [lang] if args.source_lang == "en" else list(dict.fromkeys([args.source_lang, lang]))
+            queries = load_queries(path, langs, args.label)
             queries = queries if args.split == "all" else split(queries, args.holdout)[1]
             by_label = [[q for q in queries if q.label == label][:args.limit] for label in LABELS]
             cells.append((path, lang, sum(by_label, [])))
@@ -466,6 +468,7 @@ def main(args):
     langs = args.lang.replace(",", " ").split() if args.lang else [*run["lang"], run["source_lang"]]
     args.lang, args.data = ",".join(dict.fromkeys(langs)), args.data or ["data/queries.csv"]
     args.holdout = run["holdout"] if args.holdout is None else args.holdout
+    args.source_lang = run["source_lang"]
     form = None if args.judge == "keyword" else find_judge_format(args.judge, args.judge_format)
     if not args.lang:
         raise UserError("--lang names no language")

@@ -236,19 +236,11 @@ def preflight(args, student, teacher, tokenizer, template, queries, lang, judgin
               "--teacher-prompt may not", file=sys.stderr)
 
 
-def find_heldout(args, langs, data):
-    """[(path, lang, queries)] to evaluate: trained languages, the source, and --eval-lang where a file has it."""
-    heldout = []
-    for path, (_, held) in data.items():
-        for lang in dict.fromkeys([*langs, args.source_lang, *args.eval_lang.replace(",", " ").split()]):
-            try:
-                queries = held if lang in (*langs, args.source_lang) else load_split(args, path, [lang])[1]
-            except UserError as e:
-                print(f"note: not evaluated: {e}", file=sys.stderr)
-                continue
-            by_label = [[q for q in queries if q.label == label] for label in LABELS]
-            heldout.append((path, lang, [q for qs in by_label for q in qs[:args.eval_limit or None]]))
-    return heldout
+def find_heldout(args, langs):
+    """[(path, lang, held-out queries)] to evaluate on: the trained languages, the source, and --eval-lang."""
+    asked = [*langs, args.source_lang, *args.eval_lang.replace(",", " ").split()]
+    return evaluation.read_data(argparse.Namespace(**{**vars(args), "lang": ",".join(dict.fromkeys(asked)),
+                                                      "split": "holdout", "limit": args.eval_limit or None}))
 
 
 def evaluate(model, tokenizer, heldout, langs, judging):
@@ -336,11 +328,57 @@ def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, sta
             "tokens": each(response), **numbers, "teacher_top": each(teacher_top.tolist())}
 
 
+def find_memory(device):
+    """GB (1e9 bytes) that a device has: its own, or the machine's."""
+    if device.type == "cuda":  # noqa
+        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
 def peak_memory(device):
     """GB (1e9 bytes) at the peak: of the GPU's allocations, or of this process on a CPU."""
     if device.type == "cpu" or not hasattr(getattr(torch, device.type), "max_memory_allocated"):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     return getattr(torch, device.type).max_memory_allocated() / 1e9
+
+
+def build_optimizer(args, params):
+    """AdamW; with 8-bit moments by torchao, which rounds bfloat16 weights at random, so that no update is always lost."""
+    if args.optimizer == "adamw8bit":
+        need("torchao", "train with --optimizer adamw8bit")
+        from torchao.optim import AdamW8bit
+        return AdamW8bit(params, torch.tensor(args.lr), betas=(0.9, 0.99), weight_decay=0.0, bf16_stochastic_round=True)
+    return torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+
+
+def plan(args, device, student, teacher, tokenizer, template, pools, langs):
+    """--plan: print the GB (1e9 bytes) that these flags need, from models without weights (meta device) and the prompts
+    of the first steps, and one pair of prompts. Of a step's phases the largest counts. tests/bench.py plan checks it."""
+    config, b = student.config.get_text_config(), student.dtype.itemsize / 1e9  # GB a number
+    L, H, V, heads = config.num_hidden_layers, config.hidden_size, config.vocab_size, config.num_attention_heads
+    width = 16 * H + 6 * (getattr(config, "intermediate_size", None) or 4 * H)  # numbers a layer keeps of a token
+    kv = 2 * (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or H // heads)
+    batches = [write_contexts(args, None, tokenizer, template, pick_batch(*pools, langs, args, i)) for i in range(8)]
+    size, n = args.micro_batch_size or args.batch_size, args.max_new_tokens
+    T = max(sum(len(p) + n for p in rows[i:i + size]) for rows, _ in batches for i in range(0, len(rows), size))
+    cached = max(sum(len(p) + n for p in rows) for both in batches for rows in both)
+    own, trained = {id(p) for p in student.parameters()}, [p for p in student.parameters() if p.requires_grad]
+    gb, kept = lambda ps: sum(p.nbytes for p in ps) / 1e9, b * L * T * (H if args.grad_checkpoint else width)
+    phases = {"rollouts: the KV cache": b * L * kv * cached, "backward: activations": kept + b * T * width,
+              "loss: activations, a chunk of logits, the head's gradients":
+              kept + 36e-9 * 128 * V + 3 * b * H * V * (not args.lora_rank)}
+    largest = max(phases, key=phases.get)
+    parts = {"weights": gb(student.parameters()), "gradients": gb(trained),
+             "AdamW's moments": 2 * (gb(trained) if args.optimizer == "adamw" else 1e-9 * sum(p.numel() for p in trained)),
+             "the teacher's own weights": gb(p for p in teacher.parameters() if id(p) not in own),
+             f"the largest phase of a step, {largest}": phases[largest]}
+    parts |= {"Python and its libraries": 0.5} if device.type == "cpu" else {}
+    room, total = args.fit or find_memory(device), sum(parts.values())
+    print(*(f"{value:8.2f} GB  {name}" for name, value in parts.items()), sep="\n")
+    print(f"{total:8.2f} GB  in all: {'fits' if total <= room else 'does not fit'} the {room:.0f} GB of "
+          f"{'--fit' if args.fit else device}")
+    for name, prompts in zip(("student", "teacher"), batches[0]):
+        print(f"\nthe {name} reads: {tokenizer.decode(prompts[0])}")
 
 
 # --- the algorithm ---
@@ -392,16 +430,15 @@ def train(args, student, teacher, tokenizer, template, pools, langs, optimizer, 
         # 4. clip, warm up, update; what is not finite is never stepped on
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
         lr = args.lr * min(1, (step + 1) / (args.warmup + 1))
-        bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
-        if not bad:
-            optimizer.param_groups[0]["lr"] = lr
+        n, bad = sum(map(len, responses)), 0 if math.isfinite(loss + grad_norm) else bad + 1
+        if n and not bad:
+            optimizer.param_groups[0]["lr"] = lr if args.optimizer == "adamw" else torch.tensor(lr)
             optimizer.step()
             if args.teacher == "ema":
                 update_ema(teacher, student, args.ema_decay)
         optimizer.zero_grad(set_to_none=True)
         # 5. tell
-        n, seconds = sum(map(len, responses)), time.perf_counter() - began
-        mean = {name: x.mean().item() for name, x in stats.items()}
+        seconds, mean = time.perf_counter() - began, {name: x.sum().item() / max(n, 1) for name, x in stats.items()}
         truncated = sum(r[-1:] == [] or r[-1] not in stop_ids for r in responses) / len(batch)
         row = {"step": step + 1, "loss": loss, **mean, "grad_norm": grad_norm, "lr": lr, "response_tokens": n,
                "response_len": n / len(batch), "truncated": truncated, "skipped": bool(bad), "seconds": seconds,
@@ -411,7 +448,7 @@ def train(args, student, teacher, tokenizer, template, pools, langs, optimizer, 
         for file, line in ((metrics, row), (samples, shown)):
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
         bar.set_postfix_str(f"loss {loss:.4f}, kl {mean['divergence']:.3f}, {n / len(batch):.0f} tokens a response"
-                            + ", skipped: not finite" * bool(bad))
+                            + ", skipped: not finite" * bool(bad) + ", nothing to learn from" * (n == 0))
         yield step + 1, bad
 
 
@@ -420,22 +457,26 @@ def main(args):
     langs = list(dict.fromkeys(args.lang.replace(",", " ").split()))
     if not langs:
         raise UserError("--lang names no language")
+    args.eval_lang = args.eval_lang if args.eval_lang is not None else "" if args.data else "sw"
     args.data, args.out = args.data or ["data/queries.csv"], args.out or f"out/{'-'.join(langs)}"
     template, refusals = read_teacher_prompt(args.teacher_prompt), evaluation.load_refusals()
     data = {path: load_split(args, path, langs) for path in args.data}
-    student, teacher, tokenizer = load_models(args, *find_device(args.device, args.dtype))
+    device, dtype = find_device(args.device, args.dtype)
+    student, teacher, tokenizer = load_models(args, torch.device("meta") if args.plan else device, dtype)
     queries = drop_long(args, student, tokenizer, template, langs, [q for part, _ in data.values() for q in part])
     pools = [[q for q in queries if (q.label == "harmful") == harmful] for harmful in (True, False)]
+    if args.plan:
+        return plan(args, device, student, teacher, tokenizer, template, pools, langs)
     params = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = build_optimizer(args, params)
+    heldout = find_heldout(args, langs) if args.eval_every and args.holdout else []
     prepare_out(args)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
     print(f"msd: {args.model} on {student.device} in {student.dtype}, {sum(p.numel() for p in params):,} weights "
           f"trained on {len(pools[0])} harmful and {len(pools[1])} other queries in {', '.join(langs)}; "
           f"{args.policy}-policy, {args.teacher} teacher under '{args.teacher_prompt}'", flush=True)
 
-    judging = dict(refusals=refusals, max_new_tokens=args.max_new_tokens, batch_size=64)
-    heldout, before = find_heldout(args, langs, data) if args.eval_every else [], Path(args.out, "before.json")
+    judging, before = dict(refusals=refusals, max_new_tokens=args.max_new_tokens, batch_size=64), Path(args.out, "before.json")
     if args.eval_every and not (args.resume and before.is_file()):
         for lang in langs if args.preflight else []:
             preflight(args, student, teacher, tokenizer, template, queries, lang, judging)
@@ -459,11 +500,11 @@ def main(args):
         if stop:
             save_model(args, student, tokenizer)
             raise UserError(f"{bad} steps in a row were not finite; lower --lr; the last good weights: {args.out}")
-        if args.eval_every and step % args.eval_every == 0 and step < args.steps:
+        if heldout and step % args.eval_every == 0 and step < args.steps:
             show_table(step)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     save_model(args, student, tokenizer)
-    if args.eval_every:
+    if heldout:
         show_table(step)
     print(f"the model lies in {args.out}; talk to it: python sample.py --model {args.out} --prompt '…'")
 
@@ -493,6 +534,7 @@ def build_parser():
     add("--beta", type=number(0, 1), default=0.5, help="of jsd")
     add("--dpsw-top-k", type=positive, default=20, help="K of the teacher's entropy")
     # optimisation
+    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit: by torchao, two bytes a weight")
     add("--steps", type=positive, default=100)
     add("--batch-size", type=positive, default=16, help="responses a step")
     add("--micro-batch-size", type=positive, help="responses a backward pass (default: all)")
@@ -508,12 +550,14 @@ def build_parser():
     add("--top-k", type=natural, default=0)
     add("--top-p", type=number(0, 1, open_low=True), default=1.0)
     # the run
+    add("--plan", action="store_true", help="say what the run would need, and end")
+    add("--fit", type=number(0, open_low=True), help="GB of memory to plan for (default: the device's)")
     add("--out", help="default: out/<lang>")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--save-every", type=natural, default=50, help="steps between checkpoints; 0: none")
     add("--eval-every", type=natural, default=10 ** 9, help="steps between evaluations; 0: none, and no preflight")
-    add("--eval-lang", default="sw", help="further languages to evaluate, never trained on")
+    add("--eval-lang", help="further languages to evaluate, never trained on (default: sw, where --data is our own)")
     add("--eval-limit", type=natural, default=0, help="first N held-out queries of each data, language, label; 0: all")
     add("--preflight", type=natural, default=16, help="training queries of each label to try the teacher on first")
     return parser

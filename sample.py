@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken caches local files by path alone: a new tokenizer would be read stale
@@ -181,6 +181,9 @@ def load_model(name, device, dtype):
             peft = need("peft", "load a LoRA adapter")
             base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
         tokenizer = AutoTokenizer.from_pretrained(name)
+        if device.type == "meta":  # shapes alone, for msd.py --plan
+            with device:
+                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=dtype).eval(), tokenizer
         model = AutoModelForCausalLM.from_pretrained(base if adapter else name, dtype=dtype, use_safetensors=True)
         model = peft.PeftModel.from_pretrained(model, name) if adapter else model
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
