@@ -119,7 +119,8 @@ def number(low, high=math.inf, open_low=False, kind=float):
     def parse(text):
         x = kind(text)
         if not low <= x <= high or x == math.inf or open_low and x == low:
-            raise argparse.ArgumentTypeError(f"must be in {'(' if open_low else '['}{low}, {high}], not {text}")
+            bounds = f"{'above' if open_low else 'at least'} {low}" + f" and at most {high}" * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
         return x
     parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
