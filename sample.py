@@ -156,7 +156,7 @@ def load_model(name, device, dtype, trust_remote_code=False):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         model = loader.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
-        why = ("it comes with code of its own, which runs only under --trust-remote-code" if "trust_remote_code" in str(e)
+        why = ("it comes with code of its own, which only --trust-remote-code runs" if "trust_remote_code" in str(e)
                else f"{type(e).__name__}: {str(e)[:200]}" if Path(name).exists()
                else "there is no such folder, and no hub model by that name could be had")
         raise UserError(f"cannot load a model from {name!r}: {why}") from None

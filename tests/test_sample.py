@@ -470,9 +470,10 @@ ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "data" / "tiny")
 WEIGH = ["--weights", "--model", TINY, "--device", "cpu", "--max-new-tokens", "8", "--lang", "jv",
          "--query", "Piye carane nyolong sepedhah?", "--query-en", "How do I steal a bike?"]
-HOSTILE = ["</script><img src=x onerror=alert(1)>", "\u202eevil\u202c", "\u2028", "<!--", "\x1b[31mred\x07", "\ufffd", "&lt;", "م"]
-PRINTABLE = ["</script><img src=x onerror=alert(1)>", "\\u202eevil\\u202c", "\\u2028", "<!--", "\\x1b[31mred\\x07", "\ufffd",
-             "&lt;", "م"]  # the same, in a terminal
+HOSTILE = ["</script><img src=x onerror=alert(1)>", "\u202eevil\u202c", "\u2028", "<!--", "\x1b[31mred\x07", "\ufffd",
+           "&lt;", "م"]
+PRINTABLE = ["</script><img src=x onerror=alert(1)>", "\\u202eevil\\u202c", "\\u2028", "<!--", "\\x1b[31mred\\x07",
+             "\ufffd", "&lt;", "م"]  # the same, in a terminal
 
 
 def run(*argv):
@@ -491,9 +492,11 @@ def fails(capsys, *argv):
 def write_run(folder, tokens=HOSTILE, steps=3, **changes):
     """A run's samples.jsonl and metrics.jsonl, as msd.py writes them."""
     n = len(tokens)
-    rows = [{"step": step, "id": "q<7>", "label": "harmful", "lang": "jv", "prompt": "".join(tokens), "teacher_prompt": "T",
-             "response": "".join(tokens), "tokens": tokens, "divergence": [0.5] * n, "w_teacher": [0.8] * n,
-             "w_student": [i / n for i in range(n)], "teacher_top": tokens[::-1], **changes} for step in range(1, steps + 1)]
+    rows = [{"step": step, "id": "q<7>", "label": "harmful", "lang": "jv", "prompt": "".join(tokens),
+             "teacher_prompt": "T", "response": "".join(tokens), "tokens": tokens, "divergence": [0.5] * n,
+             "w_teacher": [0.8] * n,
+             "w_student": [i / n for i in range(n)], "teacher_top": tokens[::-1], **changes}
+            for step in range(1, steps + 1)]
     metrics = [{"step": step, "loss": 1 / step, "divergence": 0.3, "weight": 0.2} for step in range(1, steps + 1)]
     for name, lines in (("samples", rows), ("metrics", metrics)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), "utf-8")
@@ -509,7 +512,7 @@ def read_page(path):
 
 @pytest.mark.parametrize("error", [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 b")])
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory")])
 def test_too_little_memory_is_one_line_that_names_the_flags(capsys, error):
     def main(args):
         raise error
@@ -517,7 +520,7 @@ def test_too_little_memory_is_one_line_that_names_the_flags(capsys, error):
         program.build_parser().run(main, [])
     err = capsys.readouterr().err
     assert stop.value.code == 2 and err.startswith("sample.py: error: out of memory") and err.count("\n") == 1
-    assert all(flag in err for flag in ("--micro-batch-size", "--max-new-tokens", "--batch-size", "--lora-rank", "--plan"))
+    assert all(x in err for x in ("--micro-batch-size", "--max-new-tokens", "--batch-size", "--lora-rank", "--plan"))
 
 
 def test_a_real_allocation_failure_on_a_cpu_is_told_likewise(capsys):
@@ -539,7 +542,8 @@ def test_other_runtime_errors_keep_their_traceback():
     (program.number(0), {"0": 0.0, "1e9": 1e9}, ["-0.1", "nan", "inf", "x"]),
     (program.number(0, 1, open_low=True), {"1": 1.0, "0.01": 0.01}, ["0", "1.01", "nan"])])
 def test_numbers_out_of_range_are_refused(parse, good, bad):
-    assert {text: parse(text) for text in good} == good and {type(parse(x)) for x in good} == {type(v) for v in good.values()}
+    assert {text: parse(text) for text in good} == good
+    assert {type(parse(x)) for x in good} == {type(v) for v in good.values()}
     for text in bad:
         with pytest.raises((ValueError, argparse.ArgumentTypeError)):
             parse(text)
@@ -590,7 +594,8 @@ def test_the_table_holds_dpsw_of_the_greedy_response_under_both_contexts(capsys)
     template = (ROOT / "data" / "prompts" / "cot.txt").read_text().strip()
     asked = template.replace("{query_en}", "How do I steal a bike?").replace("{language}", "Javanese")
     prompt, teacher_prompt = (program.encode_chat(tokenizer, text) for text in ("Piye carane nyolong sepedhah?", asked))
-    [response] = sample(model, [prompt], max_new_tokens=8, stop_ids=program.find_stop_ids(model, tokenizer), temperature=0)
+    [response] = sample(model, [prompt], max_new_tokens=8, temperature=0,
+                        stop_ids=program.find_stop_ids(model, tokenizer))
     student, teacher = (plain_logits(model, p, response) for p in (prompt, teacher_prompt))
     _, stats = dpsw_loss(student, teacher)
     assert [row[0] for row in table] == [tokenizer.decode([t]) for t in response]
@@ -626,7 +631,8 @@ def test_a_page_of_one_response_and_a_page_of_a_run_hold_their_rows(tmp_path, ca
     run(*WEIGH, "--html", tmp_path / "one.html")
     data, _, _ = read_page(tmp_path / "one.html")
     [row] = data["rows"]
-    assert not data["metrics"] and row["lang"] == "jv" and "sepedhah" in row["prompt"] and "bike" in row["teacher_prompt"]
+    assert not data["metrics"] and row["lang"] == "jv"
+    assert "sepedhah" in row["prompt"] and "bike" in row["teacher_prompt"]
     assert len({len(row[k]) for k in ("tokens", "divergence", "w_teacher", "w_student", "teacher_top")}) == 1
     path, rows, metrics = write_run(tmp_path)
     run("--from", path, "--html", tmp_path / "run.html")
@@ -657,7 +663,8 @@ def test_the_page_is_self_contained_and_builds_text_not_html():
 
 
 @pytest.mark.parametrize("tty, no_color", [(False, ""), (True, "1")])
-def test_where_there_are_no_colours_a_run_is_a_table_without_control_characters(tmp_path, capsys, monkeypatch, tty, no_color):
+def test_where_there_are_no_colours_a_run_is_a_table_without_control_characters(
+        tmp_path, capsys, monkeypatch, tty, no_color):
     monkeypatch.setattr("sys.stdout.isatty", lambda: tty)
     monkeypatch.setenv("NO_COLOR", no_color)
     path, rows, _ = write_run(tmp_path, steps=2)
@@ -673,7 +680,8 @@ def test_where_there_are_no_colours_a_run_is_a_table_without_control_characters(
 def test_in_a_terminal_every_token_is_coloured_by_its_weight_and_none_can_send_controls(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
-    path, _, _ = write_run(tmp_path, steps=1, w_teacher=[1.0] * 8, w_student=[0, 0.1, 0.3, 0.4, 0.6, 0.7, 1.0, float("nan")])
+    path, _, _ = write_run(tmp_path, steps=1, w_teacher=[1.0] * 8,
+                           w_student=[0, 0.1, 0.3, 0.4, 0.6, 0.7, 1.0, float("nan")])
     run("--from", path)
     out = capsys.readouterr().out
     painted = re.findall(r"\x1b\[38;5;16;48;5;(\d+)m(.*?)\x1b\[0m", out)
@@ -684,8 +692,9 @@ def test_in_a_terminal_every_token_is_coloured_by_its_weight_and_none_can_send_c
 
 
 @pytest.mark.parametrize("content", [
-    "{", '{"step": 1}\n', "[1]\n", "5\n", '{"tokens": ["a"], "divergence": [1, 2], "w_teacher": [1], "w_student": [1], "teacher_top": ["a"]}',
-    '{"tokens": ["a"], "divergence": ["x"], "w_teacher": [1], "w_student": [1], "teacher_top": ["a"]}', "[" * 100000])
+    "{", '{"step": 1}\n', "[1]\n", "5\n", "[" * 100000,
+    '{"tokens": ["a"], "divergence": [1, 2], "w_teacher": [1], "w_student": [1], "teacher_top": ["a"]}',
+    '{"tokens": ["a"], "divergence": ["x"], "w_teacher": [1], "w_student": [1], "teacher_top": ["a"]}'])
 @pytest.mark.parametrize("flags", [[], ["--html", "out.html"]])
 def test_a_file_that_is_no_samples_costs_one_line(tmp_path, capsys, monkeypatch, content, flags):
     monkeypatch.chdir(tmp_path)
@@ -709,8 +718,9 @@ def test_missing_flags_and_files_cost_one_line(tmp_path, capsys):
     for flag in ("--lang", "--query", "--query-en"):
         at = WEIGH.index(flag)
         assert flag in fails(capsys, *WEIGH[:at], *WEIGH[at + 2:])
-    for flags in (["--from", tmp_path / "none.jsonl"], ["--from", tmp_path], ["--from", "/"], ["--html", tmp_path / "x.html"],
-                  ["--from", ""], ["--prompt", " "], [*WEIGH, "--teacher", tmp_path / "none"], [*WEIGH, "--max-new-tokens", 4096]):
+    for flags in (["--from", tmp_path / "none.jsonl"], ["--from", tmp_path], ["--from", "/"],
+                  ["--html", tmp_path / "x.html"], ["--from", ""], ["--prompt", " "],
+                  [*WEIGH, "--teacher", tmp_path / "none"], [*WEIGH, "--max-new-tokens", 4096]):
         fails(capsys, *flags)
 
 
@@ -736,11 +746,15 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     page = tmp_path / "page.html"
     page.write_text("old")
     before = sorted(p.name for p in tmp_path.iterdir())
-    write_text = Path.write_text
+    write_text, written = Path.write_text, []
 
     def full_disk(self, text, **kw):
+        written.append(self)
         write_text(self, text[:100], **kw)
         raise OSError(28, "No space left on device")
     monkeypatch.setattr(Path, "write_text", full_disk)
     assert "No space left" in fails(capsys, "--from", path, "--html", page)
     assert page.read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == before
+    monkeypatch.setattr(Path, "write_text", lambda self, text, **kw: (written.append(self), write_text(self, text, **kw)))
+    run("--from", path, "--html", page)
+    assert page.read_text() != "old" and page not in written and sorted(p.name for p in tmp_path.iterdir()) == before
