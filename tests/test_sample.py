@@ -755,6 +755,6 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Path, "write_text", full_disk)
     assert "No space left" in fails(capsys, "--from", path, "--html", page)
     assert page.read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == before
-    monkeypatch.setattr(Path, "write_text", lambda self, text, **kw: written.append(self) or write_text(self, text, **kw))
+    monkeypatch.setattr(Path, "write_text", lambda self, *a, **kw: written.append(self) or write_text(self, *a, **kw))
     run("--from", path, "--html", page)
     assert page.read_text() != "old" and page not in written and sorted(p.name for p in tmp_path.iterdir()) == before
