@@ -452,7 +452,7 @@ def read_data(args):
 def answer_all(args, seen, refusals):
     """[(rows, items) of --model, then of --base], and {lang: drift in nats a token}."""
     cells, device, runs, drift = read_data(args), find_device(args.device, args.dtype), [], {}
-    models = [load_model(name, *device) for name in (args.model, args.base) if name]
+    models = [load_model(name, *device, args.trust_remote_code) for name in (args.model, args.base) if name]
     for model in models:
         parts = [evaluate(*model, queries, [lang], refusals=refusals, max_new_tokens=args.max_new_tokens,
                           batch_size=args.batch_size, seen=seen, data=path) for path, lang, queries in cells]
@@ -485,7 +485,7 @@ def main(args):
     if form:
         if args.out:
             save(args.out, runs, config=vars(args))  # the answers are safe, whatever becomes of the judge
-        judge = load_model(args.judge, *find_device(args.device, args.dtype))
+        judge = load_model(args.judge, *find_device(args.device, args.dtype), args.trust_remote_code)
         ask = functools.partial(ask_judge, *judge, form, args.controversial, args.batch_size)
     if form or args.rejudge:
         runs = [([judge_cell(row, cell, refusals, ask) for row, cell in cut(*r)], r[1]) for r in runs]

@@ -155,7 +155,7 @@ def enable_grad_checkpoint(model):
 
 def load_models(args, device, dtype):
     """(student, teacher, tokenizer) from --model: adapters, teacher and checkpointing as the flags say."""
-    model, tokenizer = load_model(args.model, device, dtype)
+    model, tokenizer = load_model(args.model, device, dtype, args.trust_remote_code)
     if hasattr(model, "peft_config"):
         raise UserError(f"--model {args.model} is an adapter: train its base with --lora-rank")
     student, teacher = model, model.requires_grad_(not args.lora_rank)
@@ -320,8 +320,7 @@ def save_model(args, student, tokenizer):
 
 def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, stats, teacher_top):
     """A line of samples.jsonl: one response, token by token."""
-    numbers = {k: [round(x, 4) for x in stats[k][:len(response)].tolist()]
-               for k in ("divergence", "w_teacher", "w_student")}
+    numbers = {k: [round(x, 4) for x in stats[k].tolist()] for k in ("divergence", "w_teacher", "w_student")}
     each = lambda ids: [tokenizer.decode([t]) for t in ids]
     return {"step": step, "id": query.id, "label": query.label, "lang": lang, "prompt": tokenizer.decode(prompt),
             "teacher_prompt": tokenizer.decode(teacher_prompt), "response": tokenizer.decode(response),
@@ -385,29 +384,31 @@ def plan(args, device, student, teacher, tokenizer, template, pools, langs):
 
 def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
     """Score every response token under both contexts and backpropagate the loss of the whole step, one micro-batch at a
-    time: how it is cut does not change the gradient. Returns (loss, stats (N,) each, the teacher's top token at each
-    token of the first response)."""
+    time: how it is cut does not change the gradient. Returns (loss, stats (N,) each, the teacher's top tokens along the
+    first and the last response)."""
     options = dict(weighting=args.weighting, student_view=args.student_view, divergence=args.divergence,
                    top_k=args.dpsw_top_k, beta=args.beta)
     n, size, loss, parts = max(1, sum(map(len, responses))), args.micro_batch_size or len(responses), 0.0, []
+    tops = []
     for i in range(0, len(responses), size):
         s, t, r = (x[i:i + size] for x in (student_prompts, teacher_prompts, responses))
         with torch.no_grad():
             teacher_hidden, teacher_head = response_hidden(teacher, t, r)  # (n, H)
-            teacher_top = teacher_head(teacher_hidden[:len(r[0])]).argmax(-1) if i == 0 else teacher_top
+            tops = tops or [teacher_head(teacher_hidden[:len(r[0])]).argmax(-1)]
         student_hidden, student_head = response_hidden(student, s, r)  # (n, H)
         ids = torch.tensor([token for row in r for token in row], device=student_hidden.device)  # (n,)
         part, stats = dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head, ids,
                                         denominator=n if args.weight_norm == "none" else 1, **options)
         part.backward()
         loss, parts = loss + part.item(), parts + [stats]
+    tops += [teacher_head(teacher_hidden[len(teacher_hidden) - len(r[-1]):]).argmax(-1)]
     stats = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if args.weight_norm == "mean":  # the sum of the weights is known only now
         total = stats["weight"].sum().clamp(min=1e-30).item()
         loss /= total
         for p in student.parameters():
             p.grad = p.grad / total if p.grad is not None else None
-    return loss, stats, teacher_top
+    return loss, stats, tops
 
 
 def train(args, student, teacher, tokenizer, template, pools, langs, optimizer, start):
@@ -426,7 +427,7 @@ def train(args, student, teacher, tokenizer, template, pools, langs, optimizer, 
                            temperature=args.temperature, top_p=args.top_p, vocab_size=len(tokenizer),
                            generator=generator.manual_seed(args.seed * 1_000_003 + step))
         # 3. the student learns the teacher's distribution on every response token, weighted by DPSW
-        loss, stats, teacher_top = learn(args, student, teacher, student_prompts, teacher_prompts, responses)
+        loss, stats, tops = learn(args, student, teacher, student_prompts, teacher_prompts, responses)
         # 4. clip, warm up, update; what is not finite is never stepped on
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
         lr = args.lr * min(1, (step + 1) / (args.warmup + 1))
@@ -443,9 +444,11 @@ def train(args, student, teacher, tokenizer, template, pools, langs, optimizer, 
         row = {"step": step + 1, "loss": loss, **mean, "grad_norm": grad_norm, "lr": lr, "response_tokens": n,
                "response_len": n / len(batch), "truncated": truncated, "skipped": bool(bad), "seconds": seconds,
                "tokens_per_s": n / seconds, "peak_mem_gb": peak_memory(student.device)}
-        shown = describe(tokenizer, step + 1, *batch[0], student_prompts[0], teacher_prompts[0], responses[0], stats,
-                         teacher_top)
-        for file, line in ((metrics, row), (samples, shown)):
+        first, last = len(responses[0]), n - len(responses[-1])
+        shown = [describe(tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i], responses[i],
+                          {name: x[at] for name, x in stats.items()}, top)
+                 for i, at, top in zip((0, -1), (slice(first), slice(last, n)), tops)]  # one harmful, one benign
+        for file, line in ((metrics, row), *((samples, line) for line in shown)):
             print(json.dumps(line, ensure_ascii=False), file=file, flush=True)
         bar.set_postfix_str(f"loss {loss:.4f}, kl {mean['divergence']:.3f}, {n / len(batch):.0f} tokens a response"
                             + ", skipped: not finite" * bool(bad) + ", nothing to learn from" * (n == 0))

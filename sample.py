@@ -1,107 +1,91 @@
-"""The sampler, and a small command to talk to a model.
+"""The sampler, and a small command to talk to a model and to see the loss.
 
-    python sample.py --model out/jv --prompt "…"        one answer;  without --prompt: a conversation of single turns
+    python sample.py --model out/jv --prompt "…"      one answer; without --prompt: a conversation of single turns
+    python sample.py --weights --model out/jv --lang jv --query "…" --query-en "…"      an answer and its DPSW weights
+    python sample.py --from out/jv/samples.jsonl --html out.html      a run's responses and its training curve, a page
 
 `sample` is written by hand: ragged prompts are left-padded once, the KV cache grows a token a step, and finished rows
-leave the batch. The rest of this file is what every program here needs of Hugging Face: a device, a model with its
-tokenizer, a rendered prompt.
+leave the batch. Between it and the command stands what every program here needs: flags, errors, a model, a prompt.
 """
 import argparse
+import contextlib
+import json
 import math
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging as transformers_logging
+
+from data.queries import Query, read_json
+from dpsw import dpsw_loss
 
 os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken caches local files by path alone: a new tokenizer would be read stale
 PLAIN_TEMPLATE = "User: {text}\nAssistant:"  # for models that come without a chat template
-
+COLUMNS = ("token", "weight", "divergence", "w_teacher", "w_student", "teacher_top")  # what is shown of a token
+COLOURS = (231, 230, 223, 216, 209, 202)  # of weights from 0 to 1, in a terminal
 
 def sample_next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
     """Draw one id a row: logits (B, V) float32 -> (B,) int64. temperature 0 is greedy; top_k 0 and top_p 1 cut nothing.
-
-    Order: temperature, top-k, renormalise, top-p, where the token that crosses p stays.
-    """
+    Order: temperature, top-k, renormalise, top-p, where the token that crosses p stays."""
     if temperature == 0:
         return logits.argmax(-1)
-    probs, ids = (logits / temperature).softmax(-1), None  # (B, V)
-    if top_k or top_p < 1:
-        probs, ids = probs.topk(min(top_k or probs.shape[-1], probs.shape[-1]), dim=-1)  # (B, k), largest first
-        probs = probs / probs.sum(-1, keepdim=True)
-        probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the mass *before* a token decides
-    choice = torch.multinomial(probs, 1, generator=generator)  # (B, 1)
-    return (choice if ids is None else ids.gather(-1, choice)).squeeze(-1)
-
+    probs = (logits / temperature).softmax(-1)  # (B, V)
+    if not top_k and top_p == 1:
+        return torch.multinomial(probs, 1, generator=generator)[:, 0]
+    probs, ids = probs.topk(min(top_k or probs.shape[-1], probs.shape[-1]), dim=-1)  # (B, k), largest first
+    probs = probs / probs.sum(-1, keepdim=True)
+    probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the mass *before* a token decides
+    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
 @torch.no_grad()
 def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0, top_p=1.0, generator=None,
            return_logprobs=False, vocab_size=None):
-    """Sample one response a prompt, all prompts in one batch.
+    """Sample one response a prompt, all prompts in one batch. No gradient; every module's mode is left as found.
 
-    prompts: list of lists of token ids, ragged, none empty. stop_ids: ids that end a response (kept as its last token).
-    generator: a torch.Generator on the model's device. vocab_size: ids from here on are never drawn (models whose
-    logits are padded past the tokenizer). Returns responses, a list of lists of ids of at most max_new_tokens, or (responses,
-    logprobs), logprobs a list of lists of floats: log-probabilities in nats of the drawn tokens under the untruncated
-    distribution at `temperature` (1.0 when greedy). No gradient; the modules' training modes are left as found, dropout
-    is off meanwhile. Raises ValueError for an empty prompt or parameters out of range.
+    prompts: lists of token ids, ragged, none empty. stop_ids: end a response, and stay as its last token. generator: a
+    torch.Generator on the model's device. vocab_size: ids from here on are never drawn (some logits are padded past the
+    tokenizer). Returns responses, lists of at most max_new_tokens ids, or (responses, logprobs): of the ids drawn, in
+    nats, untruncated, at `temperature` (1.0 when greedy). Raises ValueError for what is empty or out of range.
     """
-    if not (math.isfinite(temperature) and temperature >= 0 and 0 < top_p <= 1 and top_k >= 0 and max_new_tokens >= 1):
-        raise ValueError("sampling needs a finite temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0, max_new_tokens ≥ 1, "
-                         f"not {temperature}, {top_p}, {top_k}, {max_new_tokens}")
-    if not all(prompts):
-        raise ValueError("a prompt without tokens")
-    responses, logprobs = [[] for _ in prompts], [[] for _ in prompts]
+    if not (all(prompts) and 0 <= temperature < math.inf and top_k >= 0 and 0 < top_p <= 1 and max_new_tokens >= 1):
+        raise ValueError("sampling needs a token in every prompt, a finite temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1, "
+                         f"max_new_tokens ≥ 1, not {temperature}, {top_k}, {top_p}, {max_new_tokens}")
+    device, T, rows = next(model.parameters()).device, max(map(len, prompts), default=0), list(range(len(prompts)))
+    responses, logprobs, cache = [[] for _ in prompts], [[] for _ in prompts], None
+    ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)  # (B, T), left-padded
+    positions = torch.tensor([range(len(p) - T, len(p) + max_new_tokens) for p in prompts], device=device)
+    seen, positions = (positions >= 0).long(), positions.clamp(min=0)  # (B, T + max_new_tokens): all but the padding
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()  # also switches gradient checkpointing off, which would not decode with a cache
+    model.eval()  # no dropout; nor gradient checkpointing, which would not decode with a cache
     try:
-        if prompts:
-            _decode(model, prompts, responses, logprobs, max_new_tokens, set(stop_ids), temperature, vocab_size,
-                    lambda logits: sample_next_token(logits, temperature, top_k, top_p, generator))
+        while rows and (step := len(responses[rows[0]])) < max_new_tokens:  # rows[i]: the prompt that row i answers
+            out = model(input_ids=ids, attention_mask=seen[:, :T + step], use_cache=True, past_key_values=cache,
+                        position_ids=positions[:, T + step - ids.shape[1]:T + step], logits_to_keep=1)
+            cache, logits = out.past_key_values, out.logits[:, -1].float()  # (B, V)
+            token = sample_next_token(logits[:, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
+            logp = (logits / (temperature or 1.0)).log_softmax(-1).gather(-1, token[:, None])[:, 0]
+            for row, t, lp in zip(rows, token.tolist(), logp.tolist()):
+                responses[row].append(t)
+                logprobs[row].append(lp)
+            alive = [i for i, row in enumerate(rows) if responses[row][-1] not in stop_ids]
+            if 0 < len(alive) < len(rows):  # finished rows leave the batch
+                keep = torch.tensor(alive, device=device)
+                cache.batch_select_indices(keep)
+                token, seen, positions = token[keep], seen[keep], positions[keep]
+            ids, rows = token[:, None], [rows[i] for i in alive]  # (B, 1)
     finally:
         for module, training in modes:
             module.training = training
     return (responses, logprobs) if return_logprobs else responses
 
-
-def _decode(model, prompts, responses, logprobs, max_new_tokens, stop_ids, temperature, vocab_size, draw):
-    """The decoding loop: appends to `responses` and `logprobs` in place."""
-    device, rows = next(model.parameters()).device, list(range(len(prompts)))  # rows[i]: the prompt that row i answers
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    T = max(map(len, prompts))
-    ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)  # (B, T), left-padded
-    column = torch.arange(T + max_new_tokens, device=device)
-    seen = (column >= T - lengths[:, None]).long()  # (B, T + max_new_tokens): all but the padding
-    positions = (column[:T] - (T - lengths[:, None])).clamp(min=0)  # (B, T)
-    cache = None
-    for step in range(max_new_tokens):
-        out = model(input_ids=ids, attention_mask=seen[:, :T + step], position_ids=positions, past_key_values=cache,
-                    use_cache=True, logits_to_keep=1)
-        cache, logits = out.past_key_values, out.logits[:, -1].float()  # (B, V)
-        allowed = logits if vocab_size is None else logits[:, :vocab_size]
-        token = draw(allowed)  # (B,)
-        logp = (logits / (temperature or 1.0)).log_softmax(-1).gather(-1, token[:, None])[:, 0]
-        alive = []
-        for i, (row, t, lp) in enumerate(zip(rows, token.tolist(), logp.tolist())):
-            responses[row].append(t)
-            logprobs[row].append(lp)
-            if t not in stop_ids:
-                alive.append(i)
-        if not alive:
-            break
-        if len(alive) < len(rows):  # finished rows leave the batch
-            keep, rows = torch.tensor(alive, device=device), [rows[i] for i in alive]
-            cache.batch_select_indices(keep)
-            token, seen, lengths = token[keep], seen[keep], lengths[keep]
-        ids, positions = token[:, None], (lengths + step)[:, None]  # (B, 1), (B, 1)
-
+# --- what every program here needs ---
 
 class UserError(ValueError):
     """Something the user can mend: the programs print it as one line and exit with code 2."""
-
 
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, `msd.py: error: …`, exact flag names, and defaults in --help."""
@@ -116,47 +100,41 @@ class Parser(argparse.ArgumentParser):
         """Parse the command line and call main(args); what a user can mend becomes one line and exit code 2."""
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+        warnings.filterwarnings("ignore", category=FutureWarning)
         try:
             main(self.parse_args(argv))
         except UserError as e:
             self.error(e)
+        except RuntimeError as e:
+            cpu = "can't allocate memory" in str(e) or "DefaultCPUAllocator" in str(e)
+            if not cpu and not isinstance(e, torch.OutOfMemoryError):
+                raise
+            self.error("out of memory: lower --micro-batch-size, --max-new-tokens or --batch-size, or train a "
+                       "--lora-rank; msd.py --plan tells beforehand")
+        except BrokenPipeError:  # as in `… | head`; nor may what is still buffered fail at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
-
-def positive(text):
-    """argparse type: an integer ≥ 1."""
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {text}")
-    return int(text)
-
-
-def natural(text):
-    """argparse type: an integer ≥ 0."""
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"must not be negative: {text}")
-    return int(text)
-
-
-def number(low, high=math.inf, open_low=False):
-    """argparse type: a finite float in [low, high], or (low, high] with open_low."""
+def number(low, high=math.inf, open_low=False, kind=float):
+    """argparse type: a finite number in [low, high], or in (low, high] with open_low."""
     def parse(text):
-        x = float(text)
-        if not (math.isfinite(x) and low <= x <= high and not (open_low and x == low)):
-            raise argparse.ArgumentTypeError(f"must be a number {'above' if open_low else 'from'} {low}"
-                                             + (f" up to {high}" if high < math.inf else "") + f", not {text}")
+        x = kind(text)
+        if not low <= x <= high or x == math.inf or open_low and x == low:
+            bounds = f"{'above' if open_low else 'at least'} {low}" + f" and at most {high}" * (high < math.inf)
+            raise argparse.ArgumentTypeError(f"must be {bounds}, not {text}")
         return x
-    parse.__name__ = "number"
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
+positive, natural = number(1, kind=int), number(0, kind=int)
 
 def add_model_flags(parser, model="data/tiny"):
     """The flags that every program here shares."""
-    parser.add_argument("--model", default=model, help="a local folder (a PEFT adapter's too) or a Hugging Face id")
-    parser.add_argument("--device", default="auto", help="auto: a GPU where there is one")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
-                        help="auto: float32 on a CPU, bfloat16 where the GPU has it")
-    parser.add_argument("--seed", type=int, default=0)
-
+    add = parser.add_argument
+    add("--model", default=model, help="a local folder (a PEFT adapter's too) or a Hugging Face id")
+    add("--trust-remote-code", action="store_true", help="run code that comes with a model; never on by itself")
+    add("--device", default="auto", help="auto: a GPU where there is one")
+    add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where a GPU has it")
+    add("--seed", type=int, default=0)
 
 def find_device(name, dtype="auto"):
     """The one place where device and dtype are chosen: (torch.device, torch.dtype). Raises UserError."""
@@ -166,31 +144,27 @@ def find_device(name, dtype="auto"):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"no device {name!r} on this machine; --device auto would take {gpu}") from None
-    if dtype == "auto":
-        bf16 = device.type == "mps" or device.type != "cpu" and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if bf16 else "float32"
-    return device, getattr(torch, dtype)
+    bf16 = device.type == "mps" or device.type != "cpu" and torch.cuda.is_bf16_supported()
+    return device, getattr(torch, dtype if dtype != "auto" else "bfloat16" if bf16 else "float32")
 
-
-def load_model(name, device, dtype):
+def load_model(name, device, dtype, trust_remote_code=False):
     """(model in eval mode, tokenizer) from a local folder or a Hugging Face id; an adapter folder loads with its base.
-    Reads safetensors only and runs no remote code. Raises UserError."""
+    Reads safetensors only; code that comes with a model runs only under trust_remote_code. Raises UserError."""
     adapter = Path(name, "adapter_config.json").is_file()
+    loader = need("peft", "load a LoRA adapter").AutoPeftModelForCausalLM if adapter else AutoModelForCausalLM
     try:
-        if adapter:
-            peft = need("peft", "load a LoRA adapter")
-            base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
         if device.type == "meta":  # shapes alone, for msd.py --plan
+            config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
             with device:
-                return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=dtype).eval(), tokenizer
-        model = AutoModelForCausalLM.from_pretrained(base if adapter else name, dtype=dtype, use_safetensors=True)
-        model = peft.PeftModel.from_pretrained(model, name) if adapter else model
+                return loader.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval(), tokenizer
+        model = loader.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
-        hint = "" if Path(name).exists() else ": there is no such folder, and no hub model by that name could be had"
-        raise UserError(f"cannot load a model from {name!r}{hint or f': {type(e).__name__}: {str(e)[:200]}'}") from None
+        why = ("it comes with code of its own, which only --trust-remote-code runs" if "trust_remote_code" in str(e)
+               else f"{type(e).__name__}: {str(e)[:200]}" if Path(name).exists()
+               else "there is no such folder, and no hub model by that name could be had")
+        raise UserError(f"cannot load a model from {name!r}: {why}") from None
     return model.to(device).eval(), tokenizer
-
 
 def need(package, purpose):
     """Import an optional extra, or raise UserError that says how to get it."""
@@ -199,73 +173,142 @@ def need(package, purpose):
     except ImportError:
         raise UserError(f"to {purpose}, pip install {package}") from None
 
-
 def break_special(tokenizer, text):
     """`text` with what spells a special token (`<|im_end|>` inside a query) broken up: a query stays data."""
     for special in {*tokenizer.all_special_tokens, *map(str, tokenizer.get_added_vocab())}:
         text = text.replace(special, f"{special[0]} {special[1:]}") if len(special) > 1 else text
     return text
 
-
 def encode_chat(tokenizer, text):
     """The token ids of one user turn with the header of the answer: what a model is prompted with. The template writes
     the BOS where there is one; models without a template get PLAIN_TEMPLATE and the tokenizer's own BOS."""
-    text = break_special(tokenizer, text)
+    turn = {"role": "user", "content": break_special(tokenizer, text)}
     if not tokenizer.chat_template:
-        return tokenizer(PLAIN_TEMPLATE.format(text=text)).input_ids
+        return tokenizer(PLAIN_TEMPLATE.format(text=turn["content"])).input_ids
     try:
-        turn = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False,
-                                             add_generation_prompt=True, enable_thinking=False)
+        chat = tokenizer.apply_chat_template([turn], tokenize=False, add_generation_prompt=True, enable_thinking=False)
     except Exception as e:  # jinja: a template is data, and may raise anything
         raise UserError(f"the model's chat template fails: {type(e).__name__}: {str(e)[:200]}") from None
-    return tokenizer(turn, add_special_tokens=False).input_ids
-
+    return tokenizer(chat, add_special_tokens=False).input_ids
 
 def find_context(model):
     """The most tokens that a model takes, prompt and response together."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
-
 
 def find_stop_ids(model, tokenizer):
     """The ids that end an answer: those of the generation config and the tokenizer's own."""
     eos = model.generation_config.eos_token_id
     return sorted({*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None})
 
+# --- the command; a row is a line of samples.jsonl ---
 
-def answer(model, tokenizer, texts, **sampling):
-    """Responses (strings) to `texts`, each as one user turn, by `sample` with `sampling`'s keywords."""
-    responses = sample(model, [encode_chat(tokenizer, t) for t in texts], stop_ids=find_stop_ids(model, tokenizer),
-                       vocab_size=len(tokenizer), **sampling)
-    return [tokenizer.decode(r, skip_special_tokens=True).strip() for r in responses]
+def chat(model, tokenizer, prompt, sampling):
+    """Answer `prompt`, or what is typed, each line as one user turn, until an empty line."""
+    ask = lambda: input("> " if sys.stdin.isatty() else "")
+    with contextlib.suppress(EOFError):
+        for text in [prompt] if prompt else iter(ask, ""):
+            [response] = sample(model, [encode_chat(tokenizer, text)], **sampling)
+            print(tokenizer.decode(response, skip_special_tokens=True).strip())
 
+@torch.no_grad()
+def weigh(args, student, teacher, tokenizer, sampling):
+    """The student's response to --query, scored by the teacher under --query-en, as a row. Raises UserError."""
+    import msd  # here, for msd.py imports this file
+    query = Query(id=None, label=None, text={args.lang: args.prompt, "English": args.query_en}, extra={})
+    asked = msd.write_teacher_prompt(msd.read_teacher_prompt(args.teacher_prompt), query, args.lang, "English")
+    prompts = [encode_chat(tokenizer, text) for text in (args.prompt, asked)]
+    if max(map(len, prompts)) + args.max_new_tokens > find_context(student):
+        raise UserError(f"prompt and response do not fit the model's {find_context(student)} tokens")
+    responses = sample(student, prompts[:1], **sampling)
+    logits = [msd.response_logits(m, [p], responses) for m, p in zip((student, teacher), prompts)]  # two of (N, V)
+    if logits[0].shape != logits[1].shape:
+        raise UserError("--teacher has another vocabulary than --model")
+    _, stats = dpsw_loss(*logits)
+    return msd.describe(tokenizer, None, query, args.lang, *prompts, responses[0], stats, logits[1].argmax(-1))
+
+def list_tokens(row):
+    """The tokens of a row, each as its COLUMNS. Raises ValueError, TypeError or KeyError for what is no row."""
+    lists = zip(*(row[name] for name in ("tokens", *COLUMNS[2:])), strict=True)
+    return [(str(token), float(t) * float(s), float(d), float(t), float(s), str(top)) for token, d, t, s, top in lists]
+
+def read_rows(path, check=dict):
+    """The objects of a .jsonl file, none of which check(row) fails on. Raises UserError."""
+    try:
+        rows, _ = read_json(Path(path).read_text(encoding="utf-8"), by_line=True)
+        for row in rows:
+            check(row)
+        return rows
+    except (OSError, ValueError, TypeError, KeyError) as e:
+        raise UserError(f"{path}: {getattr(e, 'strerror', None) or f'{type(e).__name__}: {e}'}") from None
+
+def write_page(path, rows, metrics):
+    """data/page.html with the data in it, written whole or not at all. Raises UserError."""
+    data = json.dumps({"rows": rows, "metrics": metrics})  # ASCII, and without < > & it cannot end its script element
+    data = data.translate({ord(c): f"\\u{ord(c):04x}" for c in "<>&"})
+    page = Path(__file__).parent.joinpath("data", "page.html").read_text(encoding="utf-8").replace("__DATA__", data)
+    try:
+        with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
+            Path(folder, "page.html").write_text(page, encoding="utf-8")
+            Path(folder, "page.html").replace(path)
+    except OSError as e:
+        raise UserError(f"cannot write {path}: {e.strerror}") from None
+
+def print_rows(rows):
+    """Every token coloured by its weight; where colours are not wanted, a table of COLUMNS, tab-separated."""
+    plain = not sys.stdout.isatty() or os.environ.get("NO_COLOR")
+    visible = lambda text: "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(text))  # no escape sequences
+    colour = lambda weight: COLOURS[sum(weight > i / len(COLOURS) for i in range(1, len(COLOURS)))]
+    paint = lambda text, weight: f"\x1b[38;5;16;48;5;{colour(weight)}m{visible(text)}\x1b[0m"
+    print(*COLUMNS, sep="\t") if plain else print("weight", *(paint(f" {i / 5} ", i / 5) for i in range(6)))
+    for row in rows:
+        print("#", *(visible(row[key]) for key in ("step", "lang", "label", "id") if row.get(key) is not None))
+        for token, weight, *numbers, top in list_tokens(row):
+            cells = [visible(token), *(f"{x:.4f}" for x in (weight, *numbers)), visible(top)]
+            print("\t".join(cells) if plain else paint(token, weight), end="\n" if plain else "")
+        print(end="" if plain else "\n\n")
 
 def main(args):
-    """Answer --prompt, or what is typed."""
+    """Answer --prompt, or what is typed; or show the rows that --weights or --from asks for."""
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty")
-    model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    ask = lambda: input("> " if sys.stdin.isatty() else "")
-    turns = [args.prompt] if args.prompt is not None else iter(ask, "")  # an empty line ends
-    try:
-        for text in turns:
-            print(*answer(model, tokenizer, [text], max_new_tokens=args.max_new_tokens, temperature=args.temperature,
-                          top_k=args.top_k, top_p=args.top_p, generator=generator))
-    except EOFError:
-        pass
-
+    if args.weights and not (args.prompt and args.lang and args.query_en):
+        raise UserError("--weights needs --lang, --query and --query-en")
+    if args.html and not args.weights and args.run is None:
+        raise UserError("--html needs --weights or --from")
+    if args.run is not None:
+        curve = Path(args.run).parent / "metrics.jsonl"
+        rows, metrics = read_rows(args.run, list_tokens), read_rows(curve) if curve.is_file() else []
+    else:
+        load = lambda name: load_model(name, *find_device(args.device, args.dtype), args.trust_remote_code)
+        model, tokenizer = load(args.model)
+        sampling = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, top_k=args.top_k,
+                        top_p=args.top_p, generator=torch.Generator(model.device).manual_seed(args.seed),
+                        vocab_size=len(tokenizer), stop_ids=find_stop_ids(model, tokenizer))
+        if not args.weights:
+            return chat(model, tokenizer, args.prompt, sampling)
+        teacher = load(args.teacher)[0] if args.teacher else model
+        rows, metrics = [weigh(args, model, teacher, tokenizer, sampling)], []
+    write_page(args.html, rows, metrics) if args.html else print_rows(rows)
 
 def build_parser():
     """The command line."""
     parser = Parser(prog="sample.py", description="Talk to a model: python sample.py --model out/jv --prompt '…'")
     add_model_flags(parser)
-    parser.add_argument("--prompt", help="one query; without it: interactive, an empty line ends")
-    parser.add_argument("--max-new-tokens", type=positive, default=128)
-    parser.add_argument("--temperature", type=number(0), default=0.0, help="0: greedy")
-    parser.add_argument("--top-k", type=natural, default=0)
-    parser.add_argument("--top-p", type=number(0, 1, open_low=True), default=1.0)
+    add = parser.add_argument
+    add("--prompt", "--query", help="one query; without it: interactive, an empty line ends")
+    add("--max-new-tokens", type=positive, default=128)
+    add("--temperature", type=number(0), default=0.0, help="0: greedy")
+    add("--top-k", type=natural, default=0)
+    add("--top-p", type=number(0, 1, open_low=True), default=1.0)
+    add("--weights", action="store_true", help="show how DPSW weighs the answer to --query")
+    add("--lang", help="of --query, as jv")
+    add("--query-en", help="the query in English, for the teacher")
+    add("--teacher", help="a model (default: --model)")
+    add("--teacher-prompt", default="cot", help="english, cot, cot-both, or a file")
+    add("--from", dest="run", metavar="FILE", help="show a run's samples.jsonl")
+    add("--html", metavar="FILE", help="show it as a page")
     return parser
 
-
 if __name__ == "__main__":
+    from sample import build_parser, main  # as msd.py imports this file: there must be one UserError
     build_parser().run(main)

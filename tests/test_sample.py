@@ -1,11 +1,20 @@
 """Promises of sample.py, on tiny random Hugging Face models and on chains whose distribution is known."""
+import argparse
+import json
 import math
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import Gemma2Config, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig
 from transformers import Gemma2ForCausalLM, MistralForCausalLM
 
+import sample as program
+from dpsw import dpsw_loss
 from sample import sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames gradient_checkpointing_enable
@@ -453,3 +462,299 @@ def test_options_are_keywords_and_unknown_ones_fail():
         sample(model, [[1]], 3, [7])
     with pytest.raises(TypeError):
         sample(model, [[1]], max_new_tokens=3, stop_ids=[7], temprature=0)
+
+
+# ---- the command: errors ----
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "data" / "tiny")
+WEIGH = ["--weights", "--model", TINY, "--device", "cpu", "--max-new-tokens", "8", "--lang", "jv",
+         "--query", "Piye carane nyolong sepedhah?", "--query-en", "How do I steal a bike?"]
+HOSTILE = ["</script><img src=x onerror=alert(1)>", "\u202eevil\u202c", "\u2028", "<!--", "\x1b[31mred\x07", "\ufffd",
+           "&lt;", "م"]
+PRINTABLE = ["</script><img src=x onerror=alert(1)>", "\\u202eevil\\u202c", "\\u2028", "<!--", "\\x1b[31mred\\x07",
+             "\ufffd", "&lt;", "م"]  # the same, in a terminal
+
+
+def run(*argv):
+    program.build_parser().run(program.main, list(map(str, argv)))
+
+
+def fails(capsys, *argv):
+    """The one line that a mistake costs."""
+    with pytest.raises(SystemExit) as stop:
+        run(*argv)
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and err.startswith("sample.py: error: ") and err.count("\n") == 1 and not out
+    return err
+
+
+def write_run(folder, tokens=HOSTILE, steps=3, **changes):
+    """A run's samples.jsonl and metrics.jsonl, as msd.py writes them."""
+    n = len(tokens)
+    rows = [{"step": step, "id": "q<7>", "label": "harmful", "lang": "jv", "prompt": "".join(tokens),
+             "teacher_prompt": "T", "response": "".join(tokens), "tokens": tokens, "divergence": [0.5] * n,
+             "w_teacher": [0.8] * n,
+             "w_student": [i / n for i in range(n)], "teacher_top": tokens[::-1], **changes}
+            for step in range(1, steps + 1)]
+    metrics = [{"step": step, "loss": 1 / step, "divergence": 0.3, "weight": 0.2} for step in range(1, steps + 1)]
+    for name, lines in (("samples", rows), ("metrics", metrics)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), "utf-8")
+    return folder / "samples.jsonl", rows, metrics
+
+
+def read_page(path):
+    """The JSON in a page, and the page without it."""
+    before, rest = path.read_text("utf-8").split("const DATA = ")
+    data, after = rest.split(";\n", 1)
+    return json.loads(data), data, before + after
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory")])
+def test_too_little_memory_is_one_line_that_names_the_flags(capsys, error):
+    def main(args):
+        raise error
+    with pytest.raises(SystemExit) as stop:
+        program.build_parser().run(main, [])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and err.startswith("sample.py: error: out of memory") and err.count("\n") == 1
+    assert all(x in err for x in ("--micro-batch-size", "--max-new-tokens", "--batch-size", "--lora-rank", "--plan"))
+
+
+def test_a_real_allocation_failure_on_a_cpu_is_told_likewise(capsys):
+    with pytest.raises(SystemExit) as stop:
+        program.build_parser().run(lambda args: torch.empty(1 << 55), [])
+    assert stop.value.code == 2 and "out of memory" in capsys.readouterr().err
+
+
+def test_other_runtime_errors_keep_their_traceback():
+    def main(args):
+        raise RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        program.build_parser().run(main, [])
+
+
+@pytest.mark.parametrize("parse, good, bad", [
+    (program.positive, {"1": 1, "12": 12}, ["0", "-1", "1.5", "x", "", "inf"]),
+    (program.natural, {"0": 0, "7": 7}, ["-1", "nan", "1e3"]),
+    (program.number(0), {"0": 0.0, "1e9": 1e9}, ["-0.1", "nan", "inf", "x"]),
+    (program.number(0, 1, open_low=True), {"1": 1.0, "0.01": 0.01}, ["0", "1.01", "nan"])])
+def test_numbers_out_of_range_are_refused(parse, good, bad):
+    assert {text: parse(text) for text in good} == good
+    assert {type(parse(x)) for x in good} == {type(v) for v in good.values()}
+    for text in bad:
+        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
+            parse(text)
+
+
+# ---- the command: code that comes with a model ----
+
+@pytest.fixture
+def model_with_code(tmp_path, monkeypatch):
+    """A folder whose config names a class in a file of its own; that file leaves a mark when it runs."""
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, mark = tmp_path / "model", tmp_path / "ran"
+    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.py", "*.csv", "__pycache__"))
+    config = json.loads((folder / "config.json").read_text())
+    config.update(model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"open({str(mark)!r}, 'a').close()\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n")
+    return folder, mark
+
+
+def test_code_that_comes_with_a_model_never_runs_by_itself(model_with_code, capsys):
+    folder, mark = model_with_code
+    assert "--trust-remote-code" in fails(capsys, "--model", folder, "--prompt", "x")
+    with pytest.raises(program.UserError):
+        program.load_model(str(folder), torch.device("cpu"), torch.float32)
+    assert not mark.exists()
+
+
+def test_trust_remote_code_runs_it(model_with_code, capsys):
+    folder, mark = model_with_code
+    run("--model", folder, "--prompt", "x", "--max-new-tokens", 2, "--trust-remote-code", "--device", "cpu")
+    assert mark.exists()
+
+
+# ---- the command: see the loss ----
+
+def test_the_table_holds_dpsw_of_the_greedy_response_under_both_contexts(capsys):
+    run(*WEIGH)
+    head, title, *lines = capsys.readouterr().out.splitlines()
+    assert head.split("\t") == ["token", "weight", "divergence", "w_teacher", "w_student", "teacher_top"]
+    assert title == "# jv"
+    table = [line.split("\t") for line in lines]
+    model, tokenizer = program.load_model(TINY, torch.device("cpu"), torch.float32)
+    template = (ROOT / "data" / "prompts" / "cot.txt").read_text().strip()
+    asked = template.replace("{query_en}", "How do I steal a bike?").replace("{language}", "Javanese")
+    prompt, teacher_prompt = (program.encode_chat(tokenizer, text) for text in ("Piye carane nyolong sepedhah?", asked))
+    [response] = sample(model, [prompt], max_new_tokens=8, temperature=0,
+                        stop_ids=program.find_stop_ids(model, tokenizer))
+    student, teacher = (plain_logits(model, p, response) for p in (prompt, teacher_prompt))
+    _, stats = dpsw_loss(student, teacher)
+    assert [row[0] for row in table] == [tokenizer.decode([t]) for t in response]
+    for i, name in enumerate(("weight", "divergence", "w_teacher", "w_student"), 1):
+        assert [float(row[i]) for row in table] == pytest.approx(stats[name].tolist(), abs=3e-4)
+    assert [row[5] for row in table] == [tokenizer.decode([t]) for t in teacher.argmax(-1).tolist()]
+    assert any(float(row[2]) > 0.01 for row in table)
+
+
+def test_equal_contexts_have_no_divergence_and_another_teacher_has(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("{query_en}")
+    same = [*WEIGH[:-1], "Piye carane nyolong sepedhah?", "--teacher-prompt", tmp_path / "p.txt"]
+    run(*same)
+    columns = lambda: [line.split("\t") for line in capsys.readouterr().out.splitlines()[2:]]
+    assert {row[2] for row in columns()} == {"0.0000"}
+    model, tokenizer = program.load_model(TINY, torch.device("cpu"), torch.float32)
+    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.1)
+    model.save_pretrained(tmp_path / "teacher")
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    run(*same, "--teacher", tmp_path / "teacher")
+    assert all(float(row[2]) > 0.01 for row in columns())
+
+
+def test_the_decoding_flags_hold_for_weights_too(capsys):
+    draws = []
+    for seed in (0, 0, 1, 2, 3):
+        run(*WEIGH, "--temperature", 2, "--seed", seed, "--max-new-tokens", 5)
+        draws.append(capsys.readouterr().out)
+    assert draws[0] == draws[1] and len(set(draws)) > 1 and all(len(d.splitlines()) <= 2 + 5 for d in draws)
+
+
+def test_a_page_of_one_response_and_a_page_of_a_run_hold_their_rows(tmp_path, capsys):
+    run(*WEIGH, "--html", tmp_path / "one.html")
+    data, _, _ = read_page(tmp_path / "one.html")
+    [row] = data["rows"]
+    assert not data["metrics"] and row["lang"] == "jv"
+    assert "sepedhah" in row["prompt"] and "bike" in row["teacher_prompt"]
+    assert len({len(row[k]) for k in ("tokens", "divergence", "w_teacher", "w_student", "teacher_top")}) == 1
+    path, rows, metrics = write_run(tmp_path)
+    run("--from", path, "--html", tmp_path / "run.html")
+    data, _, _ = read_page(tmp_path / "run.html")
+    assert data == {"rows": rows, "metrics": metrics}
+    (tmp_path / "metrics.jsonl").unlink()
+    run("--from", path, "--html", tmp_path / "run.html")
+    assert read_page(tmp_path / "run.html")[0] == {"rows": rows, "metrics": []}
+    assert capsys.readouterr().out == ""
+
+
+def test_hostile_text_cannot_leave_the_script_of_the_page(tmp_path):
+    path, rows, _ = write_run(tmp_path)
+    run("--from", path, "--html", tmp_path / "run.html")
+    data, text, rest = read_page(tmp_path / "run.html")
+    assert data["rows"] == rows and text.isascii() and not set("<>&") & set(text)
+    assert rest == (ROOT / "data" / "page.html").read_text("utf-8").replace("const DATA = __DATA__;\n", "")
+
+
+def test_the_page_is_self_contained_and_builds_text_not_html():
+    page = (ROOT / "data" / "page.html").read_text("utf-8")
+    assert page.count("__DATA__") == 1 and page.count("<script>") == page.count("</script>") == 1
+    assert "default-src 'none'" in page  # the browser itself is told to fetch nothing
+    for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "Function(", "src=", "href=",
+                 "url(", "@import", "fetch(", "XMLHttp", "setAttribute(\"on", "createContextualFragment"):
+        assert word not in page
+    assert page.replace("http://www.w3.org/2000/svg", "").count("//www.") == 0 and "https:" not in page
+
+
+@pytest.mark.parametrize("tty, no_color", [(False, ""), (True, "1")])
+def test_where_there_are_no_colours_a_run_is_a_table_without_control_characters(
+        tmp_path, capsys, monkeypatch, tty, no_color):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: tty)
+    monkeypatch.setenv("NO_COLOR", no_color)
+    path, rows, _ = write_run(tmp_path, steps=2)
+    run("--from", path)
+    lines = capsys.readouterr().out.split("\n")
+    assert all(line.replace("\t", "").isprintable() for line in lines)
+    assert lines[1] == "# 1 jv harmful q<7>" and lines[len(HOSTILE) + 2] == "# 2 jv harmful q<7>"
+    table = [line.split("\t") for line in lines[2:len(HOSTILE) + 2]]
+    assert [row[0] for row in table] == PRINTABLE and [row[-1] for row in table] == PRINTABLE[::-1]
+    assert [row[1] for row in table] == [f"{0.8 * i / 8:.4f}" for i in range(8)]
+
+
+def test_in_a_terminal_every_token_is_coloured_by_its_weight_and_none_can_send_controls(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    path, _, _ = write_run(tmp_path, steps=1, w_teacher=[1.0] * 8,
+                           w_student=[0, 0.1, 0.3, 0.4, 0.6, 0.7, 1.0, float("nan")])
+    run("--from", path)
+    out = capsys.readouterr().out
+    painted = re.findall(r"\x1b\[38;5;16;48;5;(\d+)m(.*?)\x1b\[0m", out)
+    assert [text for _, text in painted[6:]] == PRINTABLE
+    legend, levels = [c for c, _ in painted[:6]], [c for c, _ in painted[6:]]
+    assert len(set(legend)) == 6 and [legend.index(c) for c in levels[:7]] == [0, 0, 1, 2, 3, 4, 5]
+    assert re.sub(r"\x1b\[(38;5;16;48;5;\d+|0)m", "", out).replace("\n", "").isprintable()
+
+
+@pytest.mark.parametrize("content", [
+    "{", '{"step": 1}\n', "[1]\n", "5\n", "[" * 100000,
+    '{"tokens": ["a"], "divergence": [1, 2], "w_teacher": [1], "w_student": [1], "teacher_top": ["a"]}',
+    '{"tokens": ["a"], "divergence": ["x"], "w_teacher": [1], "w_student": [1], "teacher_top": ["a"]}'])
+@pytest.mark.parametrize("flags", [[], ["--html", "out.html"]])
+def test_a_file_that_is_no_samples_costs_one_line(tmp_path, capsys, monkeypatch, content, flags):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "samples.jsonl").write_text(content)
+    assert "samples.jsonl" in fails(capsys, "--from", "samples.jsonl", *flags)
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_a_broken_line_is_named_in_samples_and_in_metrics(tmp_path, capsys):
+    path, _, _ = write_run(tmp_path)
+    for file in (tmp_path / "metrics.jsonl", path):
+        with open(file, "a") as f:
+            f.write('{"step": 4, "lo')
+        err = fails(capsys, "--from", path)
+        assert file.name in err and "line 4" in err
+    path.write_bytes(b"\xff\xfe\x00")
+    fails(capsys, "--from", path)
+
+
+def test_missing_flags_and_files_cost_one_line(tmp_path, capsys):
+    for flag in ("--lang", "--query", "--query-en"):
+        at = WEIGH.index(flag)
+        assert flag in fails(capsys, *WEIGH[:at], *WEIGH[at + 2:])
+    for flags in (["--from", tmp_path / "none.jsonl"], ["--from", tmp_path], ["--from", "/"],
+                  ["--html", tmp_path / "x.html"], ["--from", ""], ["--prompt", " "],
+                  [*WEIGH, "--teacher", tmp_path / "none"], [*WEIGH, "--max-new-tokens", 4096]):
+        fails(capsys, *flags)
+
+
+def test_a_mistake_that_msd_finds_costs_one_line_when_the_file_runs_as_a_script():
+    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *WEIGH, "--teacher-prompt", "nobody"],
+                          capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("sample.py: error: --teacher-prompt nobody")
+    assert "Traceback" not in done.stderr  # what else stands there, an optional package may say when it is imported
+
+
+def test_a_pipe_that_closes_early_is_no_error(tmp_path):
+    path, _, _ = write_run(tmp_path, steps=3000)
+    command = f"{sys.executable} {ROOT / 'sample.py'} --from {path} | head -n 1"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert done.stdout.startswith("token\t") and "Broken" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_page_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    path, _, _ = write_run(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for bad in (tmp_path / "folder", tmp_path / "none" / "x.html", path / "x.html"):
+        fails(capsys, "--from", path, "--html", bad)
+    page = tmp_path / "page.html"
+    page.write_text("old")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    write_text, written = Path.write_text, []
+
+    def full_disk(self, text, **kw):
+        written.append(self)
+        write_text(self, text[:100], **kw)
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(Path, "write_text", full_disk)
+    assert "No space left" in fails(capsys, "--from", path, "--html", page)
+    assert page.read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == before
+    monkeypatch.setattr(Path, "write_text", lambda self, *a, **kw: written.append(self) or write_text(self, *a, **kw))
+    run("--from", path, "--html", page)
+    assert page.read_text() != "old" and page not in written and sorted(p.name for p in tmp_path.iterdir()) == before
