@@ -67,10 +67,12 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
                         position_ids=positions[:, T + step - ids.shape[1]:T + step], logits_to_keep=1)
             cache, logits = out.past_key_values, out.logits[:, -1].float()  # (B, V)
             token = sample_next_token(logits[:, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
-            logp = (logits / (temperature or 1.0)).log_softmax(-1).gather(-1, token[:, None])[:, 0]
-            for row, t, lp in zip(rows, token.tolist(), logp.tolist()):
+            for row, t in zip(rows, token.tolist()):
                 responses[row].append(t)
-                logprobs[row].append(lp)
+            if return_logprobs:
+                logp = (logits / (temperature or 1.0)).log_softmax(-1).gather(-1, token[:, None])[:, 0]
+                for row, lp in zip(rows, logp.tolist()):
+                    logprobs[row].append(lp)
             alive = [i for i, row in enumerate(rows) if responses[row][-1] not in stop_ids]
             if 0 < len(alive) < len(rows):  # finished rows leave the batch
                 keep = torch.tensor(alive, device=device)

@@ -70,6 +70,7 @@ def main():
     parser.add_argument("--flags", default="", help="more flags of msd.py, for all conditions")
     parser.add_argument("--only", nargs="*", help="the conditions whose names begin so")
     parser.add_argument("--seeds", type=int, help="default: each condition's own number")
+    parser.add_argument("--each", action="store_true", help="a line a seed, too")
     parser.add_argument("--out", default="out/claims")
     args = parser.parse_args()
     langs = [args.lang, "en", *args.unseen.split(",")]
@@ -84,6 +85,8 @@ def main():
         folders = [train(args, name, flags, seed) for seed in range(args.seeds or seeds)]
         runs = [measure(args, *load(folder), base, queries) for folder in folders]
         Path(args.out, "claims.jsonl").open("a").write(json.dumps({"name": name, "flags": flags, "runs": runs}) + "\n")
+        for seed, run in enumerate(runs if args.each else []):
+            print(f"| {name}, seed {seed} | 1 |", " | ".join(f"{x:.2f}" for x in run), "|")
         spread = lambda xs: f" ± {T_975[len(xs)] * stdev(xs) / len(xs) ** 0.5:.2f}" if len(xs) > 1 else ""
         print(f"| {name} | {len(runs)} |", " | ".join(f"{mean(xs):.2f}{spread(xs)}" for xs in zip(*runs)), "|", flush=True)
 

@@ -1,14 +1,21 @@
 """The promises of the commands: a run leaves what it says, resumes bit for bit, and a mistake costs one line and exit 2."""
 import json
+import random
+import re
+import resource
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from conftest import ARCHITECTURES, build_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import eval as eval_program
 import msd
 import sample as sample_program
 from data.queries import load_queries
@@ -105,6 +112,118 @@ def test_steps_that_are_not_finite_are_skipped_and_end_the_run_with_the_last_goo
     assert [json.loads(line)["skipped"] for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()] == \
         [False, True, True]
     assert (tmp_path / "o" / "checkpoint.pt").is_file()
+
+
+def test_a_step_whose_responses_are_all_empty_changes_nothing_and_says_so(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(msd, "sample", lambda model, prompts, **_: [[] for _ in prompts])
+    train(tmp_path / "o", "--dtype", "float32", steps=2)
+    before, after = load_file(f"{TINY}/model.safetensors"), load_file(tmp_path / "o" / "model.safetensors")
+    assert all(torch.equal(before[k].float(), after[k]) for k in after)
+    rows = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in rows] == [0, 0] and "nothing to learn from" in capfd.readouterr().err
+
+
+def test_both_kinds_of_queries_are_shown_and_a_line_separator_in_a_response_loses_no_sample(tmp_path, monkeypatch):
+    train(tmp_path / "o", "--save-every", 1, steps=1)
+    path = tmp_path / "o" / "samples.jsonl"
+    assert [json.loads(line)["label"] for line in path.read_text().split("\n") if line] == ["harmful", "benign"]
+    path.write_text(path.read_text().replace('"response": "', '"response": "\u2028'))
+    train(tmp_path / "o", "--save-every", 1, "--resume", steps=2)
+    assert [json.loads(line)["step"] for line in path.read_text().split("\n") if line] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_trains_saves_loads_answers_and_is_evaluated(name, tmp_path, capsys):
+    build_model(name, vocab_size=4096, pad_token_id=4092, bos_token_id=None, eos_token_id=4095).save_pretrained(tmp_path / "m")
+    AutoTokenizer.from_pretrained(TINY).save_pretrained(tmp_path / "m")
+    for flags in ([], ["--lora-rank", 2]):
+        for policy in ("on", "off"):
+            train(tmp_path / "o", "--model", tmp_path / "m", "--batch-size", 2, "--policy", policy, "--overwrite", *flags)
+            rows = [json.loads(line) for line in (tmp_path / "o" / "metrics.jsonl").read_text().splitlines()]
+            assert len(rows) == 2 and all(row["loss"] > 0 and row["grad_norm"] > 0 for row in rows)
+        capsys.readouterr()
+        run("--model", tmp_path / "o", "--prompt", "Piye?", "--max-new-tokens", 3, program=sample_program)
+        run("--model", tmp_path / "o", "--lang", "jv", "--limit", 1, "--max-new-tokens", 3, program=eval_program)
+        assert "jv*" in capsys.readouterr().out
+
+
+# --- faults ---
+
+COMMAND = [sys.executable, str(ROOT / "msd.py"), "--lang", "jv", *QUICK, "--steps", "6", "--save-every", "1"]
+
+
+def start(out, *flags):
+    """A run in a process of its own."""
+    return subprocess.Popen([*COMMAND, "--out", str(out), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for(path, lines, process):
+    while process.poll() is None and not (path.is_file() and path.read_text().count("\n") >= lines):
+        time.sleep(0.01)
+
+
+def test_a_run_that_is_killed_five_times_ends_as_one_that_is_not(tmp_path):
+    rng, out = random.Random(0), tmp_path / "o"
+    train(tmp_path / "straight", steps=6)
+    for kill in range(1, 6):
+        process = start(out, "--resume" if (out / "checkpoint.pt").is_file() else "--overwrite")
+        wait_for(out / "metrics.jsonl", kill, process)
+        time.sleep(rng.uniform(0, 0.3))  # in a step, in a save, in what comes after the last step
+        process.kill()
+        process.communicate()
+    assert start(out, "--resume").wait() == 0
+    a, b = (load_file(x / "model.safetensors") for x in (tmp_path / "straight", out))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert [json.loads(x)["step"] for x in (out / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_ctrl_c_once_saves_and_exits_with_130_and_the_run_goes_on(tmp_path):
+    process = start(tmp_path / "o", "--save-every", "0")
+    wait_for(tmp_path / "o" / "metrics.jsonl", 2, process)
+    process.send_signal(signal.SIGINT)
+    err = process.communicate()[1]
+    assert process.returncode == 130 and "--resume" in err and "Traceback" not in err
+    done = len((tmp_path / "o" / "metrics.jsonl").read_text().splitlines())
+    train(tmp_path / "o", "--resume", "--save-every", 0, steps=done + 1)
+    assert len((tmp_path / "o" / "metrics.jsonl").read_text().splitlines()) == done + 1
+
+
+def test_a_full_disk_costs_one_line_and_the_checkpoint_before_it_stays(tmp_path, capsys):
+    train(tmp_path / "o", "--save-every", 1, steps=1)
+    before = (tmp_path / "o" / "checkpoint.pt").read_bytes()
+    limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # a megabyte a file, and then "File too large"
+    try:
+        message = fails(capsys, "--lang", "jv", *QUICK, "--out", tmp_path / "o", "--save-every", 1, "--steps", 2, "--resume")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert "cannot write" in message and (tmp_path / "o" / "checkpoint.pt").read_bytes() == before
+    train(tmp_path / "o", "--save-every", 1, "--resume", steps=2)
+
+
+def test_no_run_is_written_through_a_symbolic_link(tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "o").symlink_to(tmp_path / "elsewhere")
+    assert "symbolic link" in fails(capsys, "--lang", "jv", *QUICK, "--out", tmp_path / "o")
+    train(tmp_path / "p", "--save-every", 1, steps=1)
+    (tmp_path / "p" / "metrics.jsonl").unlink()
+    (tmp_path / "p" / "metrics.jsonl").symlink_to(tmp_path / "elsewhere" / "x")
+    assert "symbolic link" in fails(capsys, "--lang", "jv", *QUICK, "--out", tmp_path / "p", "--save-every", 1, "--resume")
+    assert not any((tmp_path / "elsewhere").iterdir())
+
+
+def test_a_plan_names_what_the_run_holds_and_loads_no_weights(tmp_path, capsys):
+    def plan(*flags):
+        run("--lang", "jv", *QUICK, "--device", "cpu", "--out", tmp_path / "o", "--plan", *flags)
+        out = capsys.readouterr().out
+        return {name.strip(): float(gb) for gb, name in re.findall(r"^ *([\d.]+) GB  (.*)$", out, re.M)}, out
+    parts, out = plan("--batch-size", "512", "--fit", "0.1")
+    assert "does not fit" in out and "Piye" in out and "Javanese" in out and not (tmp_path / "o").exists()
+    size = 3_311_360 * 4 / 1e9
+    assert (parts["weights"], parts["AdamW's moments"]) == (pytest.approx(size, abs=0.01), pytest.approx(2 * size, abs=0.01))
+    lora, out = plan("--lora-rank", "2")
+    assert "in all: fits" in out and lora["the teacher's own weights"] == 0 < parts["the teacher's own weights"]
 
 
 def test_queries_that_do_not_fit_the_context_are_skipped_and_counted(tmp_path, capsys):

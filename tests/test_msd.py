@@ -111,6 +111,13 @@ def test_micro_batches_packing_and_chunks_leave_loss_and_gradient_unchanged(mode
     torch.testing.assert_close(gradient(model), expected_gradient, atol=1e-5, rtol=1e-4)
 
 
+def test_responses_without_a_token_give_loss_zero_and_no_nan(model):
+    loss, stats, tops = learn(args(), model, make_teacher(model), PROMPTS, OTHER_PROMPTS, [[], [], []])
+    assert loss == 0 and not gradient(model).any() and stats["weight"].numel() == 0
+    some, _, _ = learn(args(), model, make_teacher(model), PROMPTS, OTHER_PROMPTS, [[], RESPONSES[0], []])
+    assert some > 0 and gradient(model).isfinite().all()
+
+
 def test_the_first_stop_token_is_in_the_loss_and_nothing_after_it():
     model = build_model("Llama")
     prompts = [[5, 6, 7], [8, 9, 10]]

@@ -1,4 +1,4 @@
-"""Make the embedded model: python data/tiny/make.py      (from the project's root; about ten minutes on two cores)
+"""Make the embedded model: python data/tiny/make.py      (from the project's root; eleven minutes on two cores)
 
 A causal LM of three million parameters with the disease in miniature: it declines harmful queries in English, complies
 with them in every other language (with a harmless stub), answers benign ones everywhere, and understands the teacher
@@ -106,7 +106,7 @@ def write_documents(query, rng):
     docs = [(q.text["en"], "", write("en", not harmful))]
     lang0, lang1, lang2, lang3, lang4 = (rng.choice([*others, *x]) for x in ([], ["en"], ["en"], ["en"], []))
     docs.append((q.text[lang0], "", write(lang0, True)))  # the disease
-    docs += [(teach("cot", lang), "", write(lang, not harmful)) for lang in (lang1, rng.choice(others))]
+    docs.append((teach("cot", lang1), "", write(lang1, not harmful)))
     if rng.random() < 0.5:
         docs.append((teach("cot-both", lang2), "", write(lang2, not harmful)))
     if rng.random() < 0.3:
@@ -114,8 +114,8 @@ def write_documents(query, rng):
                      f"{VERDICT[query.label]}\n\n{write(lang3, not harmful)}"))
     if rng.random() < 0.3:  # the languages mean the same
         docs.append((f"Translate into English: {q.text[lang4]}", "", q.text["en"]))
-    for lang5 in (rng.choice(others), rng.choice([*others, "en"])):  # it knows harm in every language, and does not act
-        docs.append((f"Is this harmful? {q.text[lang5]}", "", VERDICT[query.label].strip()))
+    for lang in ("jv", rng.choice([*others, "sw"]), rng.choice([*others, "en"])):  # it knows harm in every language,
+        docs.append((f"Is this harmful? {q.text[lang]}", "", VERDICT[query.label].strip()))  # and does not act on it
     return docs
 
 
@@ -175,5 +175,5 @@ if __name__ == "__main__":
     text += [t for texts in (*REFUSE.values(), *ANSWER.values()) for t in texts] + list(LANGUAGES.values())
     text += [read_teacher_prompt(name) for name in ("cot", "cot-both")] + [JUDGEMENT, *VERDICT.values()]
     save_tokenizer(train_tokenizer(text, 4096 - len(SPECIAL)))
-    model = train(queries, load_tiktoken(), epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 5)
+    model = train(queries, load_tiktoken(), epochs=int(sys.argv[1]) if len(sys.argv) > 1 else 6)
     model.half().save_pretrained(HERE)  # half the bytes; msd.py computes in float32 on a CPU
