@@ -5,10 +5,9 @@
 
 S is the student (query in the target language), T the teacher (the same query in English). H_K is the entropy, in nats,
 of the teacher's K largest probabilities, renormalised: weights are large where the teacher is sure and the student
-would go wrong. They are constants to autograd, else the loss would fall by raising p_S alone. Sources: the reverse KL
-and w = teacher confidence × student risk are from a survey that summarises the paper; the form of w^T, and whose token
-p_S is of, are ours. `dpsw_loss` is the definition; `dpsw_loss_chunked` is the same number and gradient from hidden
-states, a chunk of logits at a time, so that its memory does not grow with N · V.
+would go wrong. They are constants to autograd, else the loss would fall by raising p_S alone. The reverse KL and w =
+teacher confidence × student risk are from a survey that summarises the paper; the form of w^T, and whose token p_S is
+of, are ours. `dpsw_loss_chunked` is `dpsw_loss` from hidden states, in memory that does not grow with N · V.
 """
 import torch
 

@@ -363,7 +363,8 @@ def plan(args, device, student, teacher, tokenizer, template, pools, langs):
     cached = max(sum(len(p) + n for p in rows) for both in batches for rows in both)
     own, trained = {id(p) for p in student.parameters()}, [p for p in student.parameters() if p.requires_grad]
     gb, kept = lambda ps: sum(p.nbytes for p in ps) / 1e9, b * L * T * (H if args.grad_checkpoint else width)
-    phases = {"rollouts: the KV cache": b * L * kv * cached, "backward: activations": kept + b * T * width,
+    layers = 0.4 * L if device.type == "cpu" else 1  # recomputed at a time; glibc keeps what earlier ones freed
+    phases = {"rollouts: the KV cache": b * L * kv * cached, "backward: activations": kept + b * T * width * layers,
               "loss: activations, a chunk of logits, the head's gradients":
               kept + 36e-9 * 128 * V + 3 * b * H * V * (not args.lora_rank)}
     largest = max(phases, key=phases.get)
@@ -371,7 +372,7 @@ def plan(args, device, student, teacher, tokenizer, template, pools, langs):
              "AdamW's moments": 2 * (gb(trained) if args.optimizer == "adamw" else 1e-9 * sum(p.numel() for p in trained)),
              "the teacher's own weights": gb(p for p in teacher.parameters() if id(p) not in own),
              f"the largest phase of a step, {largest}": phases[largest]}
-    parts |= {"Python and its libraries": 0.5} if device.type == "cpu" else {}
+    parts["Python and its libraries"] = 0.5 if device.type == "cpu" else 0
     room, total = args.fit or find_memory(device), sum(parts.values())
     print(*(f"{value:8.2f} GB  {name}" for name, value in parts.items()), sep="\n")
     print(f"{total:8.2f} GB  in all: {'fits' if total <= room else 'does not fit'} the {room:.0f} GB of "

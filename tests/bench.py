@@ -1,10 +1,11 @@
-"""Speed and memory, side by side: python tests/bench.py [sample|step|loss|flops|cost|all] --model DIR --data FILE
+"""Speed and memory, side by side: python tests/bench.py [sample|step|loss|flops|cost|plan|all] --model DIR --data FILE
 
     sample   sample() over model.generate, greedy: equal lengths, and half of the rows done in the first quarter
     step     one on-policy step over TRL's SDFTTrainer, and over its own plain form (left-padded, all logits)
     loss     dpsw_loss_chunked over dpsw_loss, from hidden states and with gradients
     flops    the step's GFLOP/s over a matrix product's: 6 a weight and trained token, 2 a forward-only token
     cost     seconds a response token and memory, against batch and response length
+    plan     what msd.py --plan says over the peak of two steps, full and LoRA
 
 The sides of a ratio take turns in one run, after a warm-up each; ratios are of medians. Memory is the peak of a process
 that runs nothing else (GB of 1e9 bytes, resident on a CPU; of the loss: above its inputs), warm-up included. TRL is
@@ -14,6 +15,7 @@ GLIBC_TUNABLES, THP_MEM_ALLOC_ENABLE, …) holds for all sides.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -23,7 +25,7 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-SECTIONS = ["sample", "step", "loss", "flops", "cost"]
+SECTIONS = ["sample", "step", "loss", "flops", "cost", "plan"]
 VERSIONS = "from importlib.metadata import version as v; print('TRL', v('trl'), 'transformers', v('transformers'))"
 DENSE_COPIES, DENSE_LIMIT = 9, 14  # dpsw_loss peaks at about so many float32 (N, V); past so many GB it is not run
 
@@ -180,6 +182,22 @@ def bench_cost(args):
     return rows
 
 
+def bench_plan(args):
+    """What --plan says against what a run takes."""
+    rows = []
+    for flags in ([], ["--lora-rank", "16"]):
+        with tempfile.TemporaryDirectory() as out:
+            command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--data", args.data, "--device",
+                       "cpu", "--batch-size", "8", "--steps", "2", "--max-new-tokens", str(args.tokens), "--eval-every", "0",
+                       "--save-every", "0", "--out", f"{out}/run", *flags]
+            run = lambda *more: subprocess.run([*command, *more], check=True, capture_output=True, text=True).stdout
+            planned = float(re.search(r"([\d.]+) GB  in all", run("--plan"))[1])
+            run()
+            peak = json.loads(Path(out, "run", "metrics.jsonl").read_text().splitlines()[-1])["peak_mem_gb"]
+        rows.append([f"plan: {' '.join(flags) or 'full'}, batch 8", "GB", planned, "peak", peak, ""])
+    return rows
+
+
 def run_chunked():
     """The loss and its gradient, from hidden states."""
     torch.manual_seed(0)
@@ -280,6 +298,7 @@ def main():
     rows += bench_step(args, wanted) if {"step", "flops"} & {*wanted} else []
     rows += bench_loss(args) if "loss" in wanted else []
     rows += bench_cost(args) if "cost" in wanted else []
+    rows += bench_plan(args) if "plan" in wanted else []
     print("| what | ours | reference | ratio | | bar, goal |\n| --- | --- | --- | --- | --- | --- |")
     print(*(format_row(*row) for row in rows), sep="\n")
     print(f"\n{args.model}, {args.data}, {args.lang}; {os.cpu_count()} cores, float32; medians of {args.reps}")

@@ -78,7 +78,7 @@ def main():
     load = lambda folder: load_model(str(folder), torch.device("cpu"), torch.float32)
     base, tokenizer = load(ROOT / args.model)
     print("| condition | seeds |", " | ".join(c.format(t=args.lang) for c in COLUMNS), "|\n|" + " --- |" * (len(COLUMNS) + 2))
-    print("| before | |", " | ".join(f"{x:.2f}" for x in measure(args, base, tokenizer, base, queries)), "|", flush=True)
+    print("| before | |", " | ".join(f"{x:.3f}" for x in measure(args, base, tokenizer, base, queries)), "|", flush=True)
     for name, (flags, seeds) in CONDITIONS.items():
         if args.only and not name.startswith(tuple(args.only)):
             continue
@@ -86,9 +86,9 @@ def main():
         runs = [measure(args, *load(folder), base, queries) for folder in folders]
         Path(args.out, "claims.jsonl").open("a").write(json.dumps({"name": name, "flags": flags, "runs": runs}) + "\n")
         for seed, run in enumerate(runs if args.each else []):
-            print(f"| {name}, seed {seed} | 1 |", " | ".join(f"{x:.2f}" for x in run), "|")
-        spread = lambda xs: f" ± {T_975[len(xs)] * stdev(xs) / len(xs) ** 0.5:.2f}" if len(xs) > 1 else ""
-        print(f"| {name} | {len(runs)} |", " | ".join(f"{mean(xs):.2f}{spread(xs)}" for xs in zip(*runs)), "|", flush=True)
+            print(f"| {name}, seed {seed} | 1 |", " | ".join(f"{x:.3f}" for x in run), "|")
+        spread = lambda xs: f" ± {T_975[len(xs)] * stdev(xs) / len(xs) ** 0.5:.3f}" if len(xs) > 1 else ""
+        print(f"| {name} | {len(runs)} |", " | ".join(f"{mean(xs):.3f}{spread(xs)}" for xs in zip(*runs)), "|", flush=True)
 
 
 if __name__ == "__main__":
