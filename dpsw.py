@@ -40,7 +40,7 @@ def _per_token(student_logits, teacher_logits, response_ids, weighting="dpsw", s
 
 def _prepare(student, teacher, response_ids, mask, weight_norm, weighting="dpsw", student_view="teacher", top_k=20,
              divergence="reverse", beta=0.5, temperature=1.0):
-    """Check the options; pick the unmasked rows, (N, ·), (N, ·) and (N,) or None, and the mask. Padding is never read."""
+    """Check the options; pick the unmasked rows, (N, ·), (N, ·), (N,) or None, and the mask. Padding is never read."""
     for value, allowed in ((weighting, ("dpsw", "teacher", "student", "none")), (student_view, ("teacher", "sampled")),
                            (divergence, ("reverse", "forward", "jsd")), (weight_norm, ("none", "mean"))):
         if value not in allowed:

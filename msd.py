@@ -39,8 +39,8 @@ from sample import (Parser, UserError, add_model_flags, encode_chat, find_contex
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 LANGUAGES = json.loads((PROMPTS / "languages.json").read_text())
 LABELS = ("harmful", "benign", "qa")
-MAY_CHANGE = {"steps", "save_every", "eval_every", "eval_limit", "eval_lang", "preflight", "device", "resume", "overwrite",
-              "max_bad_steps", "plan", "fit"}  # flags that need not be the same under --resume
+MAY_CHANGE = {"steps", "save_every", "eval_every", "eval_limit", "eval_lang", "preflight", "max_bad_steps", "device",
+              "resume", "overwrite", "plan", "fit"}  # flags that need not be the same under --resume
 JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
 
 
@@ -69,7 +69,7 @@ def is_packing_exact(model, _known=weakref.WeakKeyDictionary()):
         tolerance = plain.std() * (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2)
         _known[model] = plain.shape == packed.shape and bool((plain - packed).abs().max() <= tolerance)
         if not _known[model]:
-            print(f"note: {type(model).__name__}: packed rows would not be exact; a row at a time, then", file=sys.stderr)
+            print(f"note: {type(model).__name__}: packing is not exact; a row at a time, then", file=sys.stderr)
     return _known[model]
 
 
@@ -329,8 +329,8 @@ def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, sta
 
 def find_memory(device):
     """GB (1e9 bytes) that a device has: its own, or the machine's."""
-    if device.type == "cuda":  # noqa
-        return torch.cuda.get_device_properties(device).total_memory / 1e9
+    if hasattr(getattr(torch, device.type), "mem_get_info"):
+        return getattr(torch, device.type).mem_get_info(device)[1] / 1e9
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
@@ -342,7 +342,7 @@ def peak_memory(device):
 
 
 def build_optimizer(args, params):
-    """AdamW; with 8-bit moments by torchao, which rounds bfloat16 weights at random, so that no update is always lost."""
+    """AdamW; with 8-bit moments by torchao, which rounds bfloat16 weights at random: no update is always lost."""
     if args.optimizer == "adamw8bit":
         need("torchao", "train with --optimizer adamw8bit")
         from torchao.optim import AdamW8bit
@@ -352,13 +352,13 @@ def build_optimizer(args, params):
 
 def plan(args, device, student, teacher, tokenizer, template, pools, langs):
     """--plan: print the GB (1e9 bytes) that these flags need, from models without weights (meta device) and the prompts
-    of the first steps, and one pair of prompts. Of a step's phases the largest counts. tests/bench.py plan checks it."""
+    of the first steps, and one pair of prompts. Of a step's phases the largest counts. Checked by tests/bench.py plan."""
     config, b = student.config.get_text_config(), student.dtype.itemsize / 1e9  # GB a number
     L, H, V, heads = config.num_hidden_layers, config.hidden_size, config.vocab_size, config.num_attention_heads
     width = 16 * H + 6 * (getattr(config, "intermediate_size", None) or 4 * H)  # numbers a layer keeps of a token
     kv = 2 * (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or H // heads)
+    size, n, args.cot_tokens = args.micro_batch_size or args.batch_size, args.max_new_tokens + args.cot_tokens, 0
     batches = [write_contexts(args, None, tokenizer, template, pick_batch(*pools, langs, args, i)) for i in range(8)]
-    size, n = args.micro_batch_size or args.batch_size, args.max_new_tokens
     T = max(sum(len(p) + n for p in rows[i:i + size]) for rows, _ in batches for i in range(0, len(rows), size))
     cached = max(sum(len(p) + n for p in rows) for both in batches for rows in both)
     own, trained = {id(p) for p in student.parameters()}, [p for p in student.parameters() if p.requires_grad]
@@ -369,13 +369,13 @@ def plan(args, device, student, teacher, tokenizer, template, pools, langs):
               kept + 36e-9 * 128 * V + 3 * b * H * V * (not args.lora_rank)}
     largest = max(phases, key=phases.get)
     parts = {"weights": gb(student.parameters()), "gradients": gb(trained),
-             "AdamW's moments": 2 * (gb(trained) if args.optimizer == "adamw" else 1e-9 * sum(p.numel() for p in trained)),
+             "AdamW's moments": gb(trained) * 2 * (1 if args.optimizer == "adamw" else 1 / student.dtype.itemsize),
              "the teacher's own weights": gb(p for p in teacher.parameters() if id(p) not in own),
              f"the largest phase of a step, {largest}": phases[largest]}
     parts["Python and its libraries"] = 0.5 if device.type == "cpu" else 0
     room, total = args.fit or find_memory(device), sum(parts.values())
     print(*(f"{value:8.2f} GB  {name}" for name, value in parts.items()), sep="\n")
-    print(f"{total:8.2f} GB  in all: {'fits' if total <= room else 'does not fit'} the {room:.0f} GB of "
+    print(f"{total:8.2f} GB  in all: {'fits' if total <= room else 'does not fit'} the {room:.3g} GB of "
           f"{'--fit' if args.fit else device}")
     for name, prompts in zip(("student", "teacher"), batches[0]):
         print(f"\nthe {name} reads: {tokenizer.decode(prompts[0])}")
@@ -480,7 +480,8 @@ def main(args):
           f"trained on {len(pools[0])} harmful and {len(pools[1])} other queries in {', '.join(langs)}; "
           f"{args.policy}-policy, {args.teacher} teacher under '{args.teacher_prompt}'", flush=True)
 
-    judging, before = dict(refusals=refusals, max_new_tokens=args.max_new_tokens, batch_size=64), Path(args.out, "before.json")
+    judging = dict(refusals=refusals, max_new_tokens=args.max_new_tokens, batch_size=64)
+    before = Path(args.out, "before.json")
     if args.eval_every and not (args.resume and before.is_file()):
         for lang in langs if args.preflight else []:
             preflight(args, student, teacher, tokenizer, template, queries, lang, judging)
@@ -490,7 +491,8 @@ def main(args):
         rows, items = evaluate(student, tokenizer, heldout, langs, judging)
         tests = evaluation.compare(rows, items, *json.loads(before.read_text()))
         evaluation.write(Path(args.out, "after.json"), json.dumps((rows, items)))
-        print(f"\nheld-out queries before (base) and after {step} steps\n{evaluation.format_table(rows, tests)}", flush=True)
+        print(f"\nheld-out queries before (base) and after {step} steps")
+        print(evaluation.format_table(rows, tests), flush=True)
 
     interrupted = []  # Ctrl-C once: finish the step and save; twice: leave
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupted else interrupted.append(True))
@@ -538,7 +540,7 @@ def build_parser():
     add("--beta", type=number(0, 1), default=0.5, help="of jsd")
     add("--dpsw-top-k", type=positive, default=20, help="K of the teacher's entropy")
     # optimisation
-    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit: by torchao, two bytes a weight")
+    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs torchao")
     add("--steps", type=positive, default=100)
     add("--batch-size", type=positive, default=16, help="responses a step")
     add("--micro-batch-size", type=positive, help="responses a backward pass (default: all)")

@@ -187,9 +187,9 @@ def bench_plan(args):
     rows = []
     for flags in ([], ["--lora-rank", "16"]):
         with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--data", args.data, "--device",
-                       "cpu", "--batch-size", "8", "--steps", "2", "--max-new-tokens", str(args.tokens), "--eval-every", "0",
-                       "--save-every", "0", "--out", f"{out}/run", *flags]
+            command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--data", args.data,
+                       "--device", "cpu", "--batch-size", "8", "--steps", "2", "--max-new-tokens", str(args.tokens),
+                       "--eval-every", "0", "--save-every", "0", "--out", f"{out}/run", *flags]
             run = lambda *more: subprocess.run([*command, *more], check=True, capture_output=True, text=True).stdout
             planned = float(re.search(r"([\d.]+) GB  in all", run("--plan"))[1])
             run()

@@ -1,9 +1,10 @@
-"""The paper's claims, tried in small: python tests/claims.py [--only NAME …]      (an hour on two cores; see README, Results)
+"""The paper's claims, tried in small: python tests/claims.py [--only NAME …]      (half an hour on two cores)
 
 Trains the model of --model once a condition and seed, one factor at a time from the defaults of msd.py at equal steps,
 and prints a markdown table: means over seeds with 95 % t-intervals, on held-out queries. Selectivity: harmful queries
 refused − benign ones refused. Unseen: the mean of the languages never trained on, English left out. Drift: KL(before ‖
-after) in nats a token, on the untrained model's own greedy answers to benign queries in English. A run that lies in --out already is not run again.
+after) in nats a token, on the untrained model's own greedy answers to benign queries in English. A run that lies in
+--out already is not run again.
 """
 import argparse
 import json
@@ -43,22 +44,23 @@ def train(args, name, flags, seed):
     """The folder of one trained model."""
     out = Path(args.out, f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}")
     if not (out / "config.json").is_file():
-        command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--seed", str(seed), "--out", out,
-                   "--overwrite", "--eval-every", "0", "--save-every", "0", *flags.split(), *args.flags.split()]
-        subprocess.run(list(map(str, command)), cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--seed", str(seed), "--out",
+                   str(out), "--overwrite", "--eval-every", "0", "--save-every", "0", *flags.split(), *args.flags.split()]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return out
 
 
 def measure(args, model, tokenizer, base, queries):
     """The numbers of COLUMNS for a model."""
-    rows, _ = evaluation.evaluate(model, tokenizer, queries, [args.lang, "en", *args.unseen.split(",")], seen=[args.lang],
-                                  refusals=evaluation.load_refusals(), max_new_tokens=32, batch_size=64)
+    langs = [args.lang, "en", *args.unseen.split(",")]
+    rows, _ = evaluation.evaluate(model, tokenizer, queries, langs, seen=[args.lang], max_new_tokens=32, batch_size=64,
+                                  refusals=evaluation.load_refusals())
     rate = {(row["lang"], row["label"]): row[evaluation.MAIN_RATE[row["label"]]] for row in rows}
     refused = {row["lang"]: row["refusal"] for row in rows if row["label"] == "harmful"}
     unseen = [mean(rate[lang, label] for lang in args.unseen.split(",")) for label in ("harmful", "benign")]
     drift = evaluation.measure_drift(base, model, tokenizer, queries, "en", 32, 64)
-    return [rate[args.lang, "harmful"], rate[args.lang, "benign"], refused[args.lang] - rate[args.lang, "benign"], *unseen,
-            rate["en", "harmful"], rate["en", "benign"], drift]
+    harmful, benign = rate[args.lang, "harmful"], rate[args.lang, "benign"]
+    return [harmful, benign, refused[args.lang] - benign, *unseen, rate["en", "harmful"], rate["en", "benign"], drift]
 
 
 def main():
@@ -77,8 +79,10 @@ def main():
     queries = split(load_queries(ROOT / "data/queries.csv", langs), 0.2)[1]
     load = lambda folder: load_model(str(folder), torch.device("cpu"), torch.float32)
     base, tokenizer = load(ROOT / args.model)
-    print("| condition | seeds |", " | ".join(c.format(t=args.lang) for c in COLUMNS), "|\n|" + " --- |" * (len(COLUMNS) + 2))
-    print("| before | |", " | ".join(f"{x:.3f}" for x in measure(args, base, tokenizer, base, queries)), "|", flush=True)
+    show = lambda name, n, cells: print(f"| {name} | {n} |", " | ".join(cells), "|", flush=True)
+    show("condition", "seeds", [c.format(t=args.lang) for c in COLUMNS])
+    show("---", "---", ["---"] * len(COLUMNS))
+    show("before", "", [f"{x:.3f}" for x in measure(args, base, tokenizer, base, queries)])
     for name, (flags, seeds) in CONDITIONS.items():
         if args.only and not name.startswith(tuple(args.only)):
             continue
@@ -86,9 +90,9 @@ def main():
         runs = [measure(args, *load(folder), base, queries) for folder in folders]
         Path(args.out, "claims.jsonl").open("a").write(json.dumps({"name": name, "flags": flags, "runs": runs}) + "\n")
         for seed, run in enumerate(runs if args.each else []):
-            print(f"| {name}, seed {seed} | 1 |", " | ".join(f"{x:.3f}" for x in run), "|")
+            show(f"{name}, seed {seed}", 1, [f"{x:.3f}" for x in run])
         spread = lambda xs: f" ± {T_975[len(xs)] * stdev(xs) / len(xs) ** 0.5:.3f}" if len(xs) > 1 else ""
-        print(f"| {name} | {len(runs)} |", " | ".join(f"{mean(xs):.3f}{spread(xs)}" for xs in zip(*runs)), "|", flush=True)
+        show(name, len(runs), [f"{mean(xs):.3f}{spread(xs)}" for xs in zip(*runs)])
 
 
 if __name__ == "__main__":

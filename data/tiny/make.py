@@ -120,8 +120,8 @@ def write_documents(query, rng):
 
 
 def encode_epoch(queries, encoding, rng, budget=4096):
-    """An epoch's documents in batches of about `budget` tokens, of like length, shuffled: numpy arrays (B, T) of ids and
-    of targets (−100: not learned), padded on the right, where causal attention does not look."""
+    """An epoch's documents in batches of about `budget` tokens, of like length, shuffled: numpy arrays (B, T) of ids
+    and of targets (−100: not learned), padded on the right, where causal attention does not look."""
     rows = []
     again = [q for q in queries if q.label == "benign" and rng.random() < 0.5]  # in doubt, it is to answer
     for prompt, lead, response in (d for q in queries + again for d in write_documents(q, rng)):
