@@ -341,15 +341,6 @@ def peak_memory(device):
     return getattr(torch, device.type).max_memory_allocated() / 1e9
 
 
-def build_optimizer(args, params):
-    """AdamW; with 8-bit moments by torchao, which rounds bfloat16 weights at random: no update is always lost."""
-    if args.optimizer == "adamw8bit":
-        need("torchao", "train with --optimizer adamw8bit")
-        from torchao.optim import AdamW8bit
-        return AdamW8bit(params, torch.tensor(args.lr), betas=(0.9, 0.99), weight_decay=0.0, bf16_stochastic_round=True)
-    return torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0)
-
-
 def plan(args, device, student, teacher, tokenizer, template, pools, langs):
     """--plan: print the GB (1e9 bytes) that these flags need, from models without weights (meta device) and the prompts
     of the first steps, and one pair of prompts. Of a step's phases the largest counts. Checked by tests/bench.py plan."""
@@ -369,7 +360,7 @@ def plan(args, device, student, teacher, tokenizer, template, pools, langs):
               kept + 36e-9 * 128 * V + 3 * b * H * V * (not args.lora_rank)}
     largest = max(phases, key=phases.get)
     parts = {"weights": gb(student.parameters()), "gradients": gb(trained),
-             "AdamW's moments": gb(trained) * 2 * (1 if args.optimizer == "adamw" else 1 / student.dtype.itemsize),
+             "AdamW's moments": 2 * gb(trained),
              "the teacher's own weights": gb(p for p in teacher.parameters() if id(p) not in own),
              f"the largest phase of a step, {largest}": phases[largest]}
     parts["Python and its libraries"] = 0.5 if device.type == "cpu" else 0
@@ -434,7 +425,7 @@ def train(args, student, teacher, tokenizer, template, pools, langs, optimizer, 
         lr = args.lr * min(1, (step + 1) / (args.warmup + 1))
         n, bad = sum(map(len, responses)), 0 if math.isfinite(loss + grad_norm) else bad + 1
         if n and not bad:
-            optimizer.param_groups[0]["lr"] = lr if args.optimizer == "adamw" else torch.tensor(lr)
+            optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             if args.teacher == "ema":
                 update_ema(teacher, student, args.ema_decay)
@@ -472,7 +463,7 @@ def main(args):
     if args.plan:
         return plan(args, device, student, teacher, tokenizer, template, pools, langs)
     params = [p for p in student.parameters() if p.requires_grad]
-    optimizer = build_optimizer(args, params)
+    optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0)
     heldout = find_heldout(args, langs) if args.eval_every and args.holdout else []
     prepare_out(args)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
@@ -540,7 +531,6 @@ def build_parser():
     add("--beta", type=number(0, 1), default=0.5, help="of jsd")
     add("--dpsw-top-k", type=positive, default=20, help="K of the teacher's entropy")
     # optimisation
-    add("--optimizer", choices=["adamw", "adamw8bit"], default="adamw", help="adamw8bit needs torchao")
     add("--steps", type=positive, default=100)
     add("--batch-size", type=positive, default=16, help="responses a step")
     add("--micro-batch-size", type=positive, help="responses a backward pass (default: all)")

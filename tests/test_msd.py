@@ -205,6 +205,19 @@ def test_under_lora_the_frozen_teacher_shares_every_weight_and_never_sees_the_ad
     assert not torch.equal(before, response_logits(student, OTHER_PROMPTS, RESPONSES))
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("kind, follows", [("frozen", False), ("ema", False), ("live", True)])
+def test_the_flags_give_the_teacher_that_they_name(kind, follows, rank):
+    flags = msd.build_parser().parse_args(["--lang", "jv", "--model", str(msd.PROMPTS.parent / "tiny"), "--teacher", kind,
+                                           "--lora-rank", str(rank)])
+    student, teacher, _ = msd.load_models(flags, torch.device("cpu"), torch.float32)
+    before = response_logits(teacher, OTHER_PROMPTS, RESPONSES).detach().clone()
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(0.01 * p.requires_grad)
+    assert torch.equal(before, response_logits(teacher, OTHER_PROMPTS, RESPONSES)) != follows
+
+
 def test_an_ema_teacher_follows_the_formula_and_under_lora_copies_the_adapters_only():
     student = lora(build_model("Llama").requires_grad_(False))
     teacher = make_teacher(student)
