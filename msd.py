@@ -76,8 +76,8 @@ def is_packing_exact(model, _known=weakref.WeakKeyDictionary()):
 def response_hidden(model, prompts, responses, packed=None):
     """(hidden (N, H), head): head(hidden) are the logits that predict each response token, rows in order.
 
-    packed: the rows end to end with restarting positions, which transformers keeps apart: no padding, no mask, 0.7 of a
-    padded batch's time (tests/bench.py step). Else a row at a time, the logits themselves, and the identity as head."""
+    packed: the rows end to end with restarting positions, which transformers keeps apart: no padding, no mask, a step
+    in 0.82 of a padded one's time (tests/bench.py step). Else a row at a time, the logits themselves, and the identity as head."""
     rows, device = [p + r for p, r in zip(prompts, responses)], next(model.parameters()).device
     if is_packing_exact(model) if packed is None else packed:
         decoder, head = find_head(model)
@@ -176,10 +176,10 @@ def load_models(args, device, dtype):
 
 # --- data, preflight, evaluation ---
 
-def load_split(args, path, langs):
-    """(training, held-out) queries of a file that has all of `langs` beside the source language. Raises UserError."""
+def load_training(args, path, langs):
+    """The training part of a file that has all of `langs` beside the source language. Raises UserError."""
     try:
-        return split(load_queries(path, list(dict.fromkeys([args.source_lang, *langs])), args.label), args.holdout)
+        return split(load_queries(path, list(dict.fromkeys([args.source_lang, *langs])), args.label), args.holdout)[0]
     except ValueError as e:
         raise UserError(e) from None
 
@@ -343,7 +343,7 @@ def peak_memory(device):
 
 def plan(args, device, student, teacher, tokenizer, template, pools, langs):
     """--plan: print the GB (1e9 bytes) that these flags need, from models without weights (meta device) and the prompts
-    of the first steps, and one pair of prompts. Of a step's phases the largest counts. Checked by tests/bench.py plan."""
+    of the first steps, and one pair of prompts. Of a step's phases the largest counts. tests/bench.py plan checks."""
     config, b = student.config.get_text_config(), student.dtype.itemsize / 1e9  # GB a number
     L, H, V, heads = config.num_hidden_layers, config.hidden_size, config.vocab_size, config.num_attention_heads
     width = 16 * H + 6 * (getattr(config, "intermediate_size", None) or 4 * H)  # numbers a layer keeps of a token
@@ -455,10 +455,10 @@ def main(args):
     args.eval_lang = args.eval_lang if args.eval_lang is not None else "" if args.data else "sw"
     args.data, args.out = args.data or ["data/queries.csv"], args.out or f"out/{'-'.join(langs)}"
     template, refusals = read_teacher_prompt(args.teacher_prompt), evaluation.load_refusals()
-    data = {path: load_split(args, path, langs) for path in args.data}
+    queries = [query for path in args.data for query in load_training(args, path, langs)]
     device, dtype = find_device(args.device, args.dtype)
     student, teacher, tokenizer = load_models(args, torch.device("meta") if args.plan else device, dtype)
-    queries = drop_long(args, student, tokenizer, template, langs, [q for part, _ in data.values() for q in part])
+    queries = drop_long(args, student, tokenizer, template, langs, queries)
     pools = [[q for q in queries if (q.label == "harmful") == harmful] for harmful in (True, False)]
     if args.plan:
         return plan(args, device, student, teacher, tokenizer, template, pools, langs)

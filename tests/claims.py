@@ -50,9 +50,8 @@ def train(args, name, flags, seed):
     return out
 
 
-def measure(args, model, tokenizer, base, queries):
+def measure(args, langs, model, tokenizer, base, queries):
     """The numbers of COLUMNS for a model."""
-    langs = [args.lang, "en", *args.unseen.split(",")]
     rows, _ = evaluation.evaluate(model, tokenizer, queries, langs, seen=[args.lang], max_new_tokens=32, batch_size=64,
                                   refusals=evaluation.load_refusals())
     rate = {(row["lang"], row["label"]): row[evaluation.MAIN_RATE[row["label"]]] for row in rows}
@@ -82,12 +81,12 @@ def main():
     show = lambda name, n, cells: print(f"| {name} | {n} |", " | ".join(cells), "|", flush=True)
     show("condition", "seeds", [c.format(t=args.lang) for c in COLUMNS])
     show("---", "---", ["---"] * len(COLUMNS))
-    show("before", "", [f"{x:.3f}" for x in measure(args, base, tokenizer, base, queries)])
+    show("before", "", [f"{x:.3f}" for x in measure(args, langs, base, tokenizer, base, queries)])
     for name, (flags, seeds) in CONDITIONS.items():
         if args.only and not name.startswith(tuple(args.only)):
             continue
         folders = [train(args, name, flags, seed) for seed in range(args.seeds or seeds)]
-        runs = [measure(args, *load(folder), base, queries) for folder in folders]
+        runs = [measure(args, langs, *load(folder), base, queries) for folder in folders]
         Path(args.out, "claims.jsonl").open("a").write(json.dumps({"name": name, "flags": flags, "runs": runs}) + "\n")
         for seed, run in enumerate(runs if args.each else []):
             show(f"{name}, seed {seed}", 1, [f"{x:.3f}" for x in run])
