@@ -15,7 +15,7 @@ import torch
 def _per_token(student_logits, teacher_logits, response_ids, weighting="dpsw", student_view="teacher", top_k=20,
                divergence="reverse", beta=0.5, temperature=1.0):
     """(N, V), (N, V), (N,) -> D, w, w^T, w^S, each (N,) float32. Only D carries a gradient, to the student."""
-    logp = lambda logits: (logits.float() / temperature).log_softmax(-1).clamp(min=torch.finfo(torch.float32).min)
+    logp = lambda x: (x.float() if temperature == 1 else x.float() / temperature).log_softmax(-1).clamp(min=-3e38)
     student_logp, teacher_logp = logp(student_logits), logp(teacher_logits.detach())  # the clamp makes 0 · log 0 a 0
     kl = lambda p_logp, q_logp: (p_logp.exp() * (p_logp - q_logp)).sum(-1)  # KL(p ‖ q), nats
     if divergence == "reverse":  # KL(student ‖ teacher): mode-seeking, the paper's
@@ -100,25 +100,25 @@ class _ChunkedSum(torch.autograd.Function):
     is kept but the gradients themselves, and no logits are computed twice."""
 
     @staticmethod
-    def forward(ctx, chunk_sum, rows, with_grad, retain_graph, hidden, *weights):
+    def forward(ctx, chunk_sum, rows, with_grad, keep, hidden, *weights):
         total = hidden.new_zeros((), dtype=torch.float32)
-        ctx.grads = [torch.zeros_like(x) for x in (hidden, *weights)] if with_grad else None
+        totals = [torch.zeros_like(x) for x in (hidden, *weights) if with_grad]
         for at in rows:
             with torch.set_grad_enabled(with_grad):
                 h = hidden[at].detach().requires_grad_(with_grad)
                 part = chunk_sum(h, at)
             if with_grad:
-                ctx.grads[0][at], *grads = torch.autograd.grad(part, (h, *weights), retain_graph=retain_graph,
-                                                               materialize_grads=True)
-                for total_grad, grad in zip(ctx.grads[1:], grads):
-                    total_grad += grad
+                grads = torch.autograd.grad(part, (h, *weights), retain_graph=keep, materialize_grads=True)
+                for into, grad in zip((totals[0][at], *totals[1:]), grads):
+                    into += grad
             total += part.detach()
+        ctx.save_for_backward(*totals)
         return total
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        return None, None, None, None, *(g * grad_output.to(g.dtype) for g in ctx.grads)
+        return None, None, None, None, *(g.mul_(grad_output) for g in ctx.saved_tensors)  # in place: no copy
 
 
 def dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head, response_ids=None, mask=None, *,
@@ -127,7 +127,7 @@ def dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head
 
     student_hidden, teacher_hidden: (..., H) (the two H may differ); heads: any callable (n, H) -> (n, V), soft-capping
     and the like included. The rest, and what is returned, as for dpsw_loss. Gradient reaches student_hidden and every
-    leaf that student_head computes with (its weights), never the teacher. Not twice differentiable.
+    leaf that student_head computes with (its weights), never the teacher. It is backpropagated once.
     """
     student, teacher, ids, mask = _prepare(student_hidden, teacher_hidden, response_ids, mask, weight_norm, **options)
     if chunk_size < 1:

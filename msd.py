@@ -28,6 +28,9 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import eval as evaluation
@@ -59,15 +62,45 @@ def find_head(model):
     return model.base_model, head
 
 
+def count_shared(prompts):
+    """How many tokens all prompts begin with, short of any one's last, which predicts a response."""
+    differ = (i for i, tokens in enumerate(zip(*(p[:-1] for p in prompts))) if len({*tokens}) > 1)
+    return next(differ, min(map(len, prompts)) - 1)
+
+
+def attend_rows(module, query, key, value, attention_mask, rows=None, sliding_window=None, **kwargs):
+    """The attention of packed rows, each for itself, as if it stood alone; query, key, value: (1, heads, T, D).
+
+    rows: (P, *lengths): the first P tokens are a prefix that the rows share, and their own parts follow. Without rows:
+    what transformers does. A mask over all pairs of tokens instead would cost a step XX of its time."""
+    if rows is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
+    P, *lengths, out = *rows, []
+    for at, n in zip(itertools.accumulate(lengths, initial=P), lengths):
+        row = [torch.cat([x[:, :, :P], x[:, :, at:at + n]], 2) for x in (query, key, value)]
+        near = sliding_window and P + n > sliding_window
+        mask = query.new_ones(P + n, P + n, dtype=torch.bool).tril().triu(1 - sliding_window) if near else None
+        y = sdpa_attention_forward(module, *row, mask, **kwargs)[0]  # (1, P + n, heads, D)
+        out.append(y[:, P:] if out else y)
+    return torch.cat(out, 1), None
+
+
+AttentionInterface.register("rows", attend_rows)
+AttentionMaskInterface.register("rows", sdpa_mask)
+
+
 @torch.no_grad()
 def is_packing_exact(model, _known=weakref.WeakKeyDictionary()):
     """Whether packed rows and hidden states give this model's own logits: tried once, on two short rows."""
     if model not in _known:
-        vocab = model.get_input_embeddings().num_embeddings
-        rows = [[[7 * i % vocab for i in range(1, 6)], [3]], [[7 * i % vocab for i in range(6, 12)], [5, 4, 3, 2, 1]]]
-        plain, packed = (head(x).float() for x, head in (response_hidden(model, *rows, packed) for packed in (0, 1)))
-        tolerance = plain.std() * (1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2)
-        _known[model] = plain.shape == packed.shape and bool((plain - packed).abs().max() <= tolerance)
+        base, vocab = find_head(model)[0], model.get_input_embeddings().num_embeddings
+        rows = [[[7 * i % vocab for i in x] for x in ([1, 2, 3, 4], [1, 2, 5, 6, 7, 8])], [[3], [5, 4, 3, 2, 1]]]
+        plain = response_hidden(model, *rows, packed=False)[0].float()
+        if base.config._attn_implementation == "sdpa" and base._supports_attention_backend:
+            base.set_attn_implementation("rows")
+        hidden, head = response_hidden(model, *rows, packed=True)
+        packed, tolerance = head(hidden).float(), 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+        _known[model] = plain.shape == packed.shape and bool((plain - packed).abs().max() <= tolerance * plain.std())
         if not _known[model]:
             print(f"note: {type(model).__name__}: packing is not exact; a row at a time, then", file=sys.stderr)
     return _known[model]
@@ -76,18 +109,23 @@ def is_packing_exact(model, _known=weakref.WeakKeyDictionary()):
 def response_hidden(model, prompts, responses, packed=None):
     """(hidden (N, H), head): head(hidden) are the logits that predict each response token, rows in order.
 
-    packed: the rows end to end with restarting positions, which transformers keeps apart: no padding, no mask, a step
-    in 0.82 of a padded one's time (tests/bench.py step). Else a row at a time, the logits themselves, and the identity as head."""
-    rows, device = [p + r for p, r in zip(prompts, responses)], next(model.parameters()).device
+    packed: the rows end to end with restarting positions, no padding, and what all prompts begin with only once: a step
+    in XX of a padded one's time (tests/bench.py step). Else a row at a time, the logits themselves, and the identity as
+    head."""
+    rows, device, P = [p + r for p, r in zip(prompts, responses)], next(model.parameters()).device, 0
     if is_packing_exact(model) if packed is None else packed:
-        decoder, head = find_head(model)
-        ids, positions = [[t for row in rows for t in row]], [[i for row in rows for i in range(len(row))]]  # (1, T)
-        x = decoder(input_ids=torch.tensor(ids, device=device), position_ids=torch.tensor(positions, device=device),
-                    use_cache=False).last_hidden_state[0]
+        (decoder, head), more = find_head(model), {}
+        if decoder.config._attn_implementation == "rows" and rows:
+            P = count_shared(prompts)
+            more["rows"] = [P, *(len(row) - P for row in rows)]
+        ids = rows[:1] and rows[0][:P] + [t for row in rows for t in row[P:]]  # T
+        positions = [*range(P), *(i for row in rows for i in range(P, len(row)))]  # T
+        x = decoder(input_ids=torch.tensor([ids], device=device), use_cache=False,
+                    position_ids=torch.tensor([positions], device=device), **more).last_hidden_state[0]
     else:
         head = lambda logits: logits
         x = torch.cat([model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0] for row in rows])
-    ends = itertools.accumulate(map(len, rows))
+    ends = [P + end for end in itertools.accumulate(len(row) - P for row in rows)]
     at = [i - 1 for end, r in zip(ends, responses) for i in range(end - len(r), end)]  # the shift: i − 1 predicts i
     return x[torch.tensor(at, dtype=torch.long, device=device)], head
 
@@ -463,7 +501,7 @@ def main(args):
     if args.plan:
         return plan(args, device, student, teacher, tokenizer, template, pools, langs)
     params = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     heldout = find_heldout(args, langs) if args.eval_every and args.holdout else []
     prepare_out(args)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0

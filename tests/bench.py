@@ -232,7 +232,7 @@ def bench_loss(args):
 
 def run_sample():
     """Tells its rows: sample() and model.generate by turns, greedy."""
-    model, tokenizer = load_model(JOB["model"], "cpu", torch.float32)
+    model, tokenizer = load_model(JOB["model"], torch.device("cpu"), torch.float32)
     n, most, queries = JOB["tokens"], max(JOB["batch"]), msd.load_queries(JOB["data"], [JOB["lang"]])
     prompts = [encode_chat(tokenizer, q.text[JOB["lang"]]) for q in queries[:2 * most]]
     ours = lambda rows, stop: sample(model, rows, max_new_tokens=n, stop_ids=stop, temperature=0)

@@ -27,11 +27,13 @@ def alone(model, prompt, response):
     return model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:len(prompt) + len(response) - 1]
 
 
+@pytest.mark.parametrize("shared", [[], list(range(60, 72))], ids=["", "a shared beginning longer than a window"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_row_of_a_packed_batch_equals_its_own_forward_in_logits_and_gradient(name):
-    model, reference = build_model(name), build_model(name)
-    logits = response_logits(model, PROMPTS, RESPONSES)
-    expected = torch.cat([alone(reference, p, r) for p, r in zip(PROMPTS, RESPONSES)])
+def test_every_row_of_a_packed_batch_equals_its_own_forward_in_logits_and_gradient(name, shared):
+    model, reference, prompts = build_model(name), build_model(name), [shared + p for p in PROMPTS]
+    msd.enable_grad_checkpoint(model)
+    logits = response_logits(model, prompts, RESPONSES)
+    expected = torch.cat([alone(reference, p, r) for p, r in zip(prompts, RESPONSES)])
     assert logits.shape == (15, 97)
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
@@ -44,12 +46,20 @@ def test_every_row_of_a_packed_batch_equals_its_own_forward_in_logits_and_gradie
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_fast_path_is_taken_and_its_head_gives_the_models_own_logits(name):
-    model = build_model(name)
+    model, prompts, seen = build_model(name), [[60, 61, 62] + p for p in PROMPTS], []
     assert msd.is_packing_exact(model)
-    hidden, head = response_hidden(model, PROMPTS, RESPONSES)
-    assert hidden.shape == (15, 32)
-    torch.testing.assert_close(head(hidden), torch.cat([alone(model, p, r) for p, r in zip(PROMPTS, RESPONSES)]),
+    model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
+    hidden, head = response_hidden(model, prompts, RESPONSES)
+    shared = 0 if name == "Gemma2" else 2 * 3  # its soft-capped attention is not sdpa: packed under a mask
+    assert hidden.shape == (15, 32) and seen == [(1, sum(map(len, prompts + RESPONSES)) - shared)]
+    torch.testing.assert_close(head(hidden), torch.cat([alone(model, p, r) for p, r in zip(prompts, RESPONSES)]),
                                atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("prompts, shared", [([[5, 6, 7], [5, 6, 8]], 2), ([[5, 6], [5, 6, 7]], 1), ([[5], [5]], 0),
+                                             ([[5, 6, 7]], 2), ([[5, 6], [7, 6]], 0)])
+def test_a_shared_beginning_never_holds_a_prompts_last_token(prompts, shared):
+    assert msd.count_shared(prompts) == shared
 
 
 @pytest.mark.parametrize("breaks", ["positions", "logits"])
