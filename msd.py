@@ -23,21 +23,17 @@ import shutil
 import signal
 import sys
 import time
-import weakref
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import eval as evaluation
 from data.queries import load_queries, split
 from dpsw import dpsw_loss_chunked
-from sample import (Parser, UserError, add_model_flags, encode_chat, find_context, find_device, find_stop_ids,
-                    load_model, natural, need, number, positive, sample)
+from sample import (Parser, UserError, add_model_flags, count_shared, encode_chat, find_context, find_device, find_head,
+                    find_stop_ids, is_packing_exact, load_model, natural, need, number, positive, run_packed, sample)
 
 PROMPTS = Path(__file__).parent / "data" / "prompts"
 LANGUAGES = json.loads((PROMPTS / "languages.json").read_text())
@@ -49,85 +45,18 @@ JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher writ
 
 # --- scoring: the logits of response tokens ---
 
-def find_head(model):
-    """(decoder, head): model(x).logits = head(decoder(x).last_hidden_state), scaled and capped as the model does."""
-    model = model.get_base_model() if hasattr(model, "peft_config") else model
-    config, linear = model.config.get_text_config(), model.get_output_embeddings()
-    scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
-    cap = getattr(config, "final_logit_softcapping", None)  # scale: Cohere, Granite; cap: Gemma
-
-    def head(hidden):  # (n, H) -> (n, V)
-        logits = linear(hidden) * scale if scale != 1 else linear(hidden)
-        return torch.tanh(logits / cap) * cap if cap else logits
-    return model.base_model, head
-
-
-def count_shared(prompts):
-    """How many tokens all prompts begin with, short of any one's last, which predicts a response."""
-    differ = (i for i, tokens in enumerate(zip(*(p[:-1] for p in prompts))) if len({*tokens}) > 1)
-    return next(differ, min(map(len, prompts)) - 1)
-
-
-def attend_rows(module, query, key, value, attention_mask, rows=None, sliding_window=None, **kwargs):
-    """The attention of packed rows, each for itself, as if it stood alone; query, key, value: (1, heads, T, D).
-
-    rows: (P, *lengths): the first P tokens are a prefix that the rows share, and their own parts follow. Without rows:
-    what transformers does. A mask over all pairs of tokens instead would cost a step XX of its time."""
-    if rows is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, sliding_window=sliding_window, **kwargs)
-    P, *lengths, out = *rows, []
-    for at, n in zip(itertools.accumulate(lengths, initial=P), lengths):
-        row = [torch.cat([x[:, :, :P], x[:, :, at:at + n]], 2) for x in (query, key, value)]
-        near = sliding_window and P + n > sliding_window
-        mask = query.new_ones(P + n, P + n, dtype=torch.bool).tril().triu(1 - sliding_window) if near else None
-        y = sdpa_attention_forward(module, *row, mask, **kwargs)[0]  # (1, P + n, heads, D)
-        out.append(y[:, P:] if out else y)
-    return torch.cat(out, 1), None
-
-
-AttentionInterface.register("rows", attend_rows)
-AttentionMaskInterface.register("rows", sdpa_mask)
-
-
-@torch.no_grad()
-def is_packing_exact(model, _known=weakref.WeakKeyDictionary()):
-    """Whether packed rows and hidden states give this model's own logits: tried once, on two short rows."""
-    if model not in _known:
-        base, vocab = find_head(model)[0], model.get_input_embeddings().num_embeddings
-        rows = [[[7 * i % vocab for i in x] for x in ([1, 2, 3, 4], [1, 2, 5, 6, 7, 8])], [[3], [5, 4, 3, 2, 1]]]
-        plain = response_hidden(model, *rows, packed=False)[0].float()
-        if base.config._attn_implementation == "sdpa" and base._supports_attention_backend:
-            base.set_attn_implementation("rows")
-        hidden, head = response_hidden(model, *rows, packed=True)
-        packed, tolerance = head(hidden).float(), 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
-        _known[model] = plain.shape == packed.shape and bool((plain - packed).abs().max() <= tolerance * plain.std())
-        if not _known[model]:
-            print(f"note: {type(model).__name__}: packing is not exact; a row at a time, then", file=sys.stderr)
-    return _known[model]
-
-
-def response_hidden(model, prompts, responses, packed=None):
-    """(hidden (N, H), head): head(hidden) are the logits that predict each response token, rows in order.
-
-    packed: the rows end to end with restarting positions, no padding, and what all prompts begin with only once: a step
-    in XX of a padded one's time (tests/bench.py step). Else a row at a time, the logits themselves, and the identity as
-    head."""
-    rows, device, P = [p + r for p, r in zip(prompts, responses)], next(model.parameters()).device, 0
-    if is_packing_exact(model) if packed is None else packed:
-        (decoder, head), more = find_head(model), {}
-        if decoder.config._attn_implementation == "rows" and rows:
-            P = count_shared(prompts)
-            more["rows"] = [P, *(len(row) - P for row in rows)]
-        ids = rows[:1] and rows[0][:P] + [t for row in rows for t in row[P:]]  # T
-        positions = [*range(P), *(i for row in rows for i in range(P, len(row)))]  # T
-        x = decoder(input_ids=torch.tensor([ids], device=device), use_cache=False,
-                    position_ids=torch.tensor([positions], device=device), **more).last_hidden_state[0]
+def response_hidden(model, prompts, responses):
+    """(hidden (N, H), head): head(hidden) are the logits that predict each response token, rows in order. Where packed
+    rows are not exact: a row at a time, the logits themselves, and the identity as head."""
+    if is_packing_exact(model):
+        out, _, ends = run_packed(model, prompts, responses)
+        x, head = out.last_hidden_state[0], find_head(model)[1]
     else:
-        head = lambda logits: logits
+        rows, device = [p + r for p, r in zip(prompts, responses)], next(model.parameters()).device
         x = torch.cat([model(input_ids=torch.tensor([row], device=device), use_cache=False).logits[0] for row in rows])
-    ends = [P + end for end in itertools.accumulate(len(row) - P for row in rows)]
+        ends, head = itertools.accumulate(map(len, rows)), lambda logits: logits
     at = [i - 1 for end, r in zip(ends, responses) for i in range(end - len(r), end)]  # the shift: i − 1 predicts i
-    return x[torch.tensor(at, dtype=torch.long, device=device)], head
+    return x[torch.tensor(at, dtype=torch.long, device=x.device)], head
 
 
 def response_logits(model, prompts, responses):

@@ -9,16 +9,22 @@ leave the batch. Between it and the command stands what every program here needs
 """
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import os
 import sys
 import tempfile
 import warnings
+import weakref
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging as transformers_logging
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import DynamicCache, logging as transformers_logging
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from data.queries import Query, read_json
 from dpsw import dpsw_loss
@@ -41,6 +47,112 @@ def sample_next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=Non
     probs = probs.masked_fill(probs.cumsum(-1) - probs >= top_p, 0.0)  # the mass *before* a token decides
     return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
 
+def find_head(model):
+    """(decoder, head): model(x).logits = head(decoder(x).last_hidden_state), scaled and capped as the model does."""
+    model = model.get_base_model() if hasattr(model, "peft_config") else model
+    config, linear = model.config.get_text_config(), model.get_output_embeddings()
+    scale = (getattr(config, "logit_scale", None) or 1) / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)  # scale: Cohere, Granite; cap: Gemma
+    def head(hidden):  # (n, H) -> (n, V)
+        logits = linear(hidden) * scale if scale != 1 else linear(hidden)
+        return torch.tanh(logits / cap) * cap if cap else logits
+    return model.base_model, head
+
+def count_shared(prompts):
+    """How many tokens all prompts begin with, short of any one's last, which predicts a response."""
+    differ = (i for i, tokens in enumerate(zip(*(p[:-1] for p in prompts))) if len({*tokens}) > 1)
+    return next(differ, min(map(len, prompts)) - 1)
+
+def attend_rows(module, query, key, value, attention_mask, rows=None, sliding_window=None, **kwargs):
+    """The attention of packed rows, each as if it stood alone; query, key, value: (1, heads, T, D). rows: (P, *lengths):
+    P tokens that all begin with, then each one's own. Without rows it is transformers' own."""
+    kwargs["sliding_window"] = sliding_window
+    if rows is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    P, *lengths, out = *rows, []
+    for at, n in zip(itertools.accumulate(lengths, initial=P), lengths):
+        row = [torch.cat([x[:, :, :P], x[:, :, at:at + n]], 2) for x in (query, key, value)]
+        near = sliding_window and sliding_window < P + n
+        mask = query.new_ones(P + n, P + n, dtype=torch.bool).tril().triu(1 - sliding_window) if near else None
+        y = sdpa_attention_forward(module, *row, mask, **kwargs)[0]  # (1, P + n, heads, D)
+        out.append(y[:, P:] if out else y)
+    return torch.cat(out, 1), None
+
+AttentionInterface.register("rows", attend_rows)
+AttentionMaskInterface.register("rows", sdpa_mask)
+
+def run_packed(model, prompts, responses, use_cache=False):
+    """Run rows of prompt + response through the decoder end to end, with restarting positions: no padding, and what all
+    prompts begin with only once. A step takes XX of a padded one's time (tests/bench.py step).
+    Returns (the decoder's output over T tokens, how many are shared, the index past each row's last)."""
+    decoder, device = find_head(model)[0], next(model.parameters()).device
+    rows = [p + r for p, r in zip(prompts, responses)]
+    ours = decoder.config._attn_implementation == "rows" and rows
+    P = count_shared(prompts) if ours else 0
+    lengths = [len(row) - P for row in rows]
+    more = dict(rows=(P, *lengths), attention_mask=torch.ones(1, 1, 1, 1, device=device)) if ours else {}  # never read
+    ids = rows[:1] and rows[0][:P] + [t for row in rows for t in row[P:]]  # T
+    positions = [*range(P), *(P + i for n in lengths for i in range(n))]  # T
+    out = decoder(input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),
+                  use_cache=use_cache, **more)
+    return out, P, [*itertools.accumulate(lengths, initial=P)][1:]
+
+@torch.no_grad()
+def is_packing_exact(model, _known=weakref.WeakKeyDictionary()):
+    """Whether packed rows and hidden states give this model's own logits: tried once, on two short rows."""
+    if model not in _known:
+        (decoder, head), weight = find_head(model), next(model.parameters())
+        vocab = model.get_input_embeddings().num_embeddings
+        rows = [[7 * i % vocab for i in row] for row in ([1, 2, 3, 4], [1, 2, 5, 6, 7, 8])]
+        if decoder.config._attn_implementation == "sdpa" and decoder._supports_attention_backend:
+            decoder.set_attn_implementation("rows")
+        out, _, ends = run_packed(model, rows, [[], []])
+        packed = head(out.last_hidden_state[0, [end - 1 for end in ends]]).float()
+        plain = torch.stack([model(input_ids=torch.tensor([row], device=weight.device), use_cache=False).logits[0, -1]
+                             for row in rows]).float()
+        tolerance = plain.std() * (1e-4 if weight.dtype == torch.float32 else 5e-2)
+        _known[model] = plain.shape == packed.shape and bool((plain - packed).abs().max() <= tolerance)
+        if not _known[model]:
+            print(f"note: {type(model).__name__}: packing is not exact; a row at a time, then", file=sys.stderr)
+    return _known[model]
+
+class RoomyLayer(DynamicLayer):
+    """A layer of a KV cache with room for a whole response: a token is written in place, where transformers' own layer
+    copies all keys and values at every token."""
+
+    def __init__(self, keys, values, room):
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.rooms = [torch.cat([x, x.new_empty(*x.shape[:2], room, x.shape[3])], 2) for x in (keys, values)]
+        self.keys, self.values = (x[:, :, :keys.shape[2]] for x in self.rooms)  # (B, heads, T, D): what is filled
+
+    def update(self, key_states, value_states, *_, **__):
+        T = self.keys.shape[2]
+        for room, new in zip(self.rooms, (key_states, value_states)):
+            room[:, :, T:T + 1] = new
+        self.keys, self.values = (room[:, :, :T + 1] for room in self.rooms)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        T, self.rooms = self.keys.shape[2], [room[indices] for room in self.rooms]
+        self.keys, self.values = (room[:, :, :T] for room in self.rooms)
+
+def prefill(model, prompts, room):
+    """(the first tokens' logits (B, V), the prompts' cache, left-padded, with room for so many tokens more) from packed
+    rows; (None, None) where they are not exact, or the cache is of another kind (sliding windows)."""
+    decoder, head = find_head(model) if hasattr(model, "get_output_embeddings") else (None, None)
+    if not (prompts and decoder and is_packing_exact(model) and decoder.config._attn_implementation == "rows" and
+            all(type(layer) is DynamicLayer for layer in DynamicCache(config=decoder.config).layers)):
+        return None, None
+    out, P, ends = run_packed(model, prompts, [[]] * len(prompts), use_cache=True)
+    T, x, cache = max(map(len, prompts)), out.last_hidden_state[0], out.past_key_values
+    at = [[0] * (T - len(p)) + [*range(P), *range(end - len(p) + P, end)] for p, end in zip(prompts, ends)]
+    at = torch.tensor(at, device=x.device)  # (B, T)
+    for i, layer in enumerate(cache.layers):  # (1, heads, all tokens, D) -> (B, heads, T, D)
+        keys, values = (states[0][:, at].transpose(0, 1) for states in (layer.keys, layer.values))
+        cache.layers[i] = RoomyLayer(keys, values, room)
+    return head(x[at[:, -1]]), cache
+
 @torch.no_grad()
 def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0, top_p=1.0, generator=None,
            return_logprobs=False, vocab_size=None):
@@ -55,17 +167,20 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
         raise ValueError("sampling needs a token in every prompt, a finite temperature ≥ 0, top_k ≥ 0, 0 < top_p ≤ 1, "
                          f"max_new_tokens ≥ 1, not {temperature}, {top_k}, {top_p}, {max_new_tokens}")
     device, T, rows = next(model.parameters()).device, max(map(len, prompts), default=0), list(range(len(prompts)))
-    responses, logprobs, cache = [[] for _ in prompts], [[] for _ in prompts], None
+    responses, logprobs = [[] for _ in prompts], [[] for _ in prompts]
     ids = torch.tensor([[0] * (T - len(p)) + p for p in prompts], device=device)  # (B, T), left-padded
     positions = torch.tensor([range(len(p) - T, len(p) + max_new_tokens) for p in prompts], device=device)
     seen, positions = (positions >= 0).long(), positions.clamp(min=0)  # (B, T + max_new_tokens): all but the padding
     modes = [(module, module.training) for module in model.modules()]
     model.eval()  # no dropout; nor gradient checkpointing, which would not decode with a cache
     try:
+        logits, cache = prefill(model, prompts, max_new_tokens - 1)
         while rows and (step := len(responses[rows[0]])) < max_new_tokens:  # rows[i]: the prompt that row i answers
-            out = model(input_ids=ids, attention_mask=seen[:, :T + step], use_cache=True, past_key_values=cache,
-                        position_ids=positions[:, T + step - ids.shape[1]:T + step], logits_to_keep=1)
-            cache, logits = out.past_key_values, out.logits[:, -1].float()  # (B, V)
+            if logits is None:
+                out = model(input_ids=ids, attention_mask=seen[:, :T + step], use_cache=True, past_key_values=cache,
+                            position_ids=positions[:, T + step - ids.shape[1]:T + step], logits_to_keep=1)
+                cache, logits = out.past_key_values, out.logits[:, -1]
+            logits = logits.float()  # (B, V)
             token = sample_next_token(logits[:, :vocab_size], temperature, top_k, top_p, generator)  # (B,)
             for row, t in zip(rows, token.tolist()):
                 responses[row].append(t)
@@ -78,7 +193,7 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
                 keep = torch.tensor(alive, device=device)
                 cache.batch_select_indices(keep)
                 token, seen, positions = token[keep], seen[keep], positions[keep]
-            ids, rows = token[:, None], [rows[i] for i in alive]  # (B, 1)
+            ids, rows, logits = token[:, None], [rows[i] for i in alive], None  # (B, 1)
     finally:
         for module, training in modes:
             module.training = training

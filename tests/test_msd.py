@@ -170,7 +170,7 @@ def test_gradient_checkpointing_recomputes_the_layers_and_the_sampler_still_deco
     learn(args(), model, make_teacher(model), PROMPTS, OTHER_PROMPTS, RESPONSES)
     assert len(calls) >= 2  # once forward, once again in the backward pass
     widths = []
-    model.register_forward_pre_hook(lambda _, a, kw: widths.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    model.model.register_forward_pre_hook(lambda _, a, kw: widths.append(kw["input_ids"].shape[1]), with_kwargs=True)
     sample(model, PROMPTS, max_new_tokens=4, stop_ids=[], temperature=0)
     assert widths[1:] == [1, 1, 1]
 

@@ -14,6 +14,7 @@ from transformers import Gemma2Config, GPT2Config, GPT2LMHeadModel, LlamaConfig,
 from transformers import Gemma2ForCausalLM, MistralForCausalLM
 
 import sample as program
+from conftest import ARCHITECTURES, build_model
 from dpsw import dpsw_loss
 from sample import sample
 
@@ -90,13 +91,14 @@ def generate(model, prompts, max_new_tokens, stop_ids=()):
 
 
 def spy(model):
-    """A list that gets (input shape, training mode, grad mode) of every forward of the model."""
+    """A list that gets (input shape, training mode, grad mode) of every forward of the decoder from here on."""
+    program.is_packing_exact(model)  # its trial is no part of the work
     calls = []
 
     def hook(module, args, kwargs):
         ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
         calls.append((tuple(ids.shape), module.training, torch.is_grad_enabled()))
-    model.register_forward_pre_hook(hook, with_kwargs=True)
+    model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
     return calls
 
 
@@ -385,7 +387,7 @@ def test_the_mode_comes_back_after_an_exception(training, when):
     def fail(*_):
         if len(calls) == when:
             raise RuntimeError("out of memory")
-    model.register_forward_pre_hook(fail)
+    model.base_model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         sample(model, PROMPTS, max_new_tokens=6, stop_ids=[])
     assert all(m.training == training for m in model.modules())
@@ -417,7 +419,24 @@ def test_sampling_leaves_no_gradient_and_the_weights_alone():
     model(torch.tensor([[1, 2]])).logits.sum().backward()  # nothing of the sampler's mode sticks to the weights
 
 
+@pytest.mark.parametrize("shared", [[], list(range(60, 72))], ids=["", "a shared beginning"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_architecture_continues_ragged_prompts_as_it_does_one_alone(name, shared):
+    model, reference, prompts = build_model(name), build_model(name), [shared + p for p in PROMPTS]
+    got = sample(model, prompts, max_new_tokens=6, stop_ids=[], temperature=0)
+    for prompt, response in zip(prompts, got):
+        expected = plain_logits(reference, prompt, response)
+        assert response == expected.argmax(-1).tolist()
+
+
 # ---- work ----
+
+def test_prompts_are_read_without_padding_and_their_shared_beginning_once():
+    model = make_model()
+    calls = spy(model)
+    sample(model, [[7, 8, 9, *p] for p in PROMPTS], max_new_tokens=2, stop_ids=[], temperature=0)
+    assert [shape for shape, _, _ in calls] == [(1, 3 + sum(map(len, PROMPTS))), (len(PROMPTS), 1)]
+
 
 def test_decoding_feeds_one_token_a_row_and_finished_rows_leave_the_batch():
     model = make_counter(8)
