@@ -132,13 +132,13 @@ def dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head
     student, teacher, ids, mask = _prepare(student_hidden, teacher_hidden, response_ids, mask, weight_norm, **options)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    per_token = []
+    per_token = torch.zeros(4, len(student), device=student.device)  # D, w, w^T, w^S; lists would fragment a heap
 
     def chunk_sum(h, at):
         with torch.no_grad():
             teacher_logits = teacher_head(teacher[at])
         values = _per_token(student_head(h), teacher_logits, ids if ids is None else ids[at], **options)
-        per_token.append([x.detach() for x in values])
+        per_token[:, at] = torch.stack(values).detach()
         return (values[0] * values[1]).sum()
 
     rows = [slice(i, i + chunk_size) for i in range(0, max(len(student), 1), chunk_size)]  # one even if N = 0
@@ -147,4 +147,4 @@ def dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head
     captured = any(not hasattr(node, "variable") for node in nodes & again)  # a weight computed outside of the head
     with_grad = torch.is_grad_enabled() and (student.requires_grad or bool(weights))
     loss_sum = _ChunkedSum.apply(chunk_sum, rows, with_grad, captured, student, *weights)
-    return _finish(loss_sum, [torch.cat(x) for x in zip(*per_token)], mask, weight_norm, denominator)
+    return _finish(loss_sum, per_token, mask, weight_norm, denominator)

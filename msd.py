@@ -317,17 +317,18 @@ def plan(args, device, student, teacher, tokenizer, template, pools, langs):
     kv = 2 * (getattr(config, "num_key_value_heads", None) or heads) * (getattr(config, "head_dim", None) or H // heads)
     size, n, args.cot_tokens = args.micro_batch_size or args.batch_size, args.max_new_tokens + args.cot_tokens, 0
     batches = [write_contexts(args, None, tokenizer, template, pick_batch(*pools, langs, args, i)) for i in range(8)]
-    T = max(sum(len(p) + n for p in rows[i:i + size]) for rows, _ in batches for i in range(0, len(rows), size))
-    cached = max(sum(len(p) + n for p in rows) for both in batches for rows in both)
+    packed = lambda rows: sum(len(p) + n for p in rows) - (len(rows) - 1) * count_shared(rows)  # tokens
+    T = max(packed(rows[i:i + size]) for rows, _ in batches for i in range(0, len(rows), size))
+    cached = max(len(rows) * (max(map(len, rows)) + n) for both in batches for rows in both)
     own, trained = {id(p) for p in student.parameters()}, [p for p in student.parameters() if p.requires_grad]
     gb, kept = lambda ps: sum(p.nbytes for p in ps) / 1e9, b * L * T * (H if args.grad_checkpoint else width)
     layers = 0.4 * L if device.type == "cpu" else 1  # recomputed at a time; glibc keeps what earlier ones freed
     phases = {"rollouts: the KV cache": b * L * kv * cached, "backward: activations": kept + b * T * width * layers,
               "loss: activations, a chunk of logits, the head's gradients":
-              kept + 36e-9 * 128 * V + 3 * b * H * V * (not args.lora_rank)}
+              kept + 36e-9 * 128 * V + 2 * b * H * V * (not args.lora_rank)}
     largest = max(phases, key=phases.get)
     parts = {"weights": gb(student.parameters()), "gradients": gb(trained),
-             "AdamW's moments": 2 * gb(trained),
+             f"{args.optimizer}'s moments": 2 * gb(trained) * (args.optimizer == "adamw"),
              "the teacher's own weights": gb(p for p in teacher.parameters() if id(p) not in own),
              f"the largest phase of a step, {largest}": phases[largest]}
     parts["Python and its libraries"] = 0.5 if device.type == "cpu" else 0
@@ -430,7 +431,8 @@ def main(args):
     if args.plan:
         return plan(args, device, student, teacher, tokenizer, template, pools, langs)
     params = [p for p in student.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    optimizer = (torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+                 if args.optimizer == "adamw" else torch.optim.Adafactor(params, args.lr))
     heldout = find_heldout(args, langs) if args.eval_every and args.holdout else []
     prepare_out(args)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
@@ -448,7 +450,7 @@ def main(args):
     def show_table(step):
         rows, items = evaluate(student, tokenizer, heldout, langs, judging)
         tests = evaluation.compare(rows, items, *json.loads(before.read_text()))
-        evaluation.write(Path(args.out, "after.json"), json.dumps((rows, items)))
+        evaluation.write(Path(args.out, f"after-{step}.json"), json.dumps((rows, items)))
         print(f"\nheld-out queries before (base) and after {step} steps")
         print(evaluation.format_table(rows, tests), flush=True)
 
@@ -501,6 +503,8 @@ def build_parser():
     add("--steps", type=positive, default=100)
     add("--batch-size", type=positive, default=16, help="responses a step")
     add("--micro-batch-size", type=positive, help="responses a backward pass (default: all)")
+    add("--optimizer", choices=["adamw", "adafactor"], default="adamw",
+        help="adafactor keeps no moments, and its --lr is relative to a weight's size: try 30 times adamw's")
     add("--lr", type=number(0, open_low=True), default=3e-4)
     add("--warmup", type=natural, default=4, help="steps of linear warm-up")
     add("--max-grad-norm", type=number(0, open_low=True), default=1.0)
