@@ -251,7 +251,7 @@ def add_model_flags(parser, model="data/tiny"):
     add("--trust-remote-code", action="store_true", help="run code that comes with a model; never on by itself")
     add("--device", default="auto", help="auto: a GPU where there is one")
     add("--dtype", default="auto", choices=["auto", "float32", "bfloat16"], help="auto: bfloat16 where a GPU has it")
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(0, 2 ** 31, kind=int), default=0)
 
 def find_device(name, dtype="auto"):
     """The one place where device and dtype are chosen: (torch.device, torch.dtype). Raises UserError."""

@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: python tests/bench.py [sample|step|loss|flops|cost|plan|all] --model DIR --data FILE
+"""Speed and memory, side by side: python tests/bench.py [SECTION …] --model DIR --data FILE      (all sections: an hour)
 
     sample   sample() over model.generate, greedy: equal lengths, and half of the rows done in the first quarter
     step     one on-policy step over TRL's SDFTTrainer, and over its own plain form (left-padded, all logits)
@@ -6,6 +6,8 @@
     flops    the step's GFLOP/s over a matrix product's: 6 a weight and trained token, 2 a forward-only token
     cost     seconds a response token and memory, against batch and response length
     plan     what msd.py --plan says over the peak of two steps, full and LoRA
+    kill     a run killed (-9) at 50 random moments and resumed each time, against one that was never killed
+    long     2,000 steps: memory and seconds a step, early and late
 
 The sides of a ratio take turns in one run, after a warm-up each; ratios are of medians. Memory is the peak of a process
 that runs nothing else (GB of 1e9 bytes, resident on a CPU; of the loss: above its inputs), warm-up included. TRL is
@@ -15,6 +17,7 @@ GLIBC_TUNABLES, THP_MEM_ALLOC_ENABLE, …) holds for all sides.
 import argparse
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -25,7 +28,7 @@ from pathlib import Path
 from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-SECTIONS = ["sample", "step", "loss", "flops", "cost", "plan"]
+SECTIONS = ["sample", "step", "loss", "flops", "cost", "plan", "kill", "long"]
 VERSIONS = "from importlib.metadata import version as v; print('TRL', v('trl'), 'transformers', v('transformers'))"
 DENSE_COPIES, DENSE_LIMIT = 9, 14  # dpsw_loss peaks at about so many float32 (N, V); past so many GB it is not run
 
@@ -198,6 +201,54 @@ def bench_plan(args):
     return rows
 
 
+def bench_kill(args, kills=50):
+    """Kill it while it loads, steps or saves; then compare weights and log with those of a run that nobody killed."""
+    rng = random.Random(0)
+    with tempfile.TemporaryDirectory() as folder:
+        common = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--data", args.data,
+                  "--batch-size", "4", "--max-new-tokens", "6", "--eval-every", "0", "--save-every", "1"]
+        out, log = Path(folder, "killed"), Path(folder, "killed", "metrics.jsonl")
+        begin = lambda out, steps, *more: subprocess.Popen([*common, "--out", str(out), "--steps", str(steps), *more],
+                                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        count, lives = lambda: log.read_text().count("\n") if log.is_file() else -1, 0
+        while lives < kills:
+            process = begin(out, 10 ** 6, "--resume" if (out / "checkpoint.pt").is_file() else "--overwrite")
+            seen = count()
+            while rng.random() < 0.99 and process.poll() is None and count() <= seen:
+                time.sleep(0.1)  # mostly: until it steps; sometimes: while it still loads
+            time.sleep(rng.uniform(0, 1))
+            lives += process.poll() is None
+            process.kill()
+            if process.wait() != -9:
+                return [["kill: a resumed run ended by itself", "lives", lives, "", None, f"exit {process.returncode}"]]
+        last = log.read_text().rstrip("\n").rsplit("\n", 1)[-1]
+        steps = int(re.match(r'{"step": (\d+)', last)[1]) + 3
+        for where, more in ((out, ["--resume"]), (Path(folder, "straight"), [])):
+            if begin(where, steps, *more).wait():
+                return [["kill: the run could not be resumed", "lives", lives, "", None, ""]]
+        same = Path(folder, "straight", "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
+        each_once = [json.loads(line)["step"] for line in log.read_text().splitlines()] == [*range(1, steps + 1)]
+    return [["kill: -9 at random moments", "kills", lives, "", None, f"{steps} steps in all; weights "
+             f"{'equal' if same else 'DIFFER'} bit for bit; log {'holds each step once' if each_once else 'BROKEN'}"]]
+
+
+def bench_long(args, steps=2000):
+    """Whether memory and seconds a step stay as they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--data", args.data,
+                   "--eval-every", "0", "--steps", str(steps), "--save-every", "100", "--out", f"{folder}/long"]
+        subprocess.run(command, check=True, capture_output=True)
+        rows = [json.loads(line) for line in Path(folder, "long", "metrics.jsonl").read_text().splitlines()]
+    quarter = steps // 4
+    slope = 1e6 * (rows[-1]["peak_mem_gb"] - rows[quarter]["peak_mem_gb"]) / (steps - quarter)
+    early, late = (median(row["seconds"] / row["response_tokens"] for row in part)
+                   for part in (rows[quarter:2 * quarter], rows[-quarter:]))
+    whole = [row["step"] for row in rows] == [*range(1, steps + 1)]
+    return [[f"long: {steps} steps, after the first {quarter}", "MB a thousand steps", slope, "", None,
+             f"peak {rows[-1]['peak_mem_gb']:.2f} GB; log {'whole' if whole else 'BROKEN'}"],
+            ["long: last quarter", "s a token", late, "second quarter", early, ""]]
+
+
 def run_chunked():
     """The loss and its gradient, from hidden states."""
     torch.manual_seed(0)
@@ -298,7 +349,8 @@ def main():
     rows += bench_step(args, wanted) if {"step", "flops"} & {*wanted} else []
     rows += bench_loss(args) if "loss" in wanted else []
     rows += bench_cost(args) if "cost" in wanted else []
-    rows += bench_plan(args) if "plan" in wanted else []
+    for name, section in (("plan", bench_plan), ("kill", bench_kill), ("long", bench_long)):
+        rows += section(args) if name in wanted else []
     print("| what | ours | reference | ratio | | bar, goal |\n| --- | --- | --- | --- | --- | --- |")
     print(*(format_row(*row) for row in rows), sep="\n")
     print(f"\n{args.model}, {args.data}, {args.lang}; {os.cpu_count()} cores, float32; medians of {args.reps}")

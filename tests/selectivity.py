@@ -64,14 +64,13 @@ def main():
     parser.add_argument("--out", default="out/selectivity")
     args, rest = parser.parse_known_args()
     curves = {}
-    print(f"| divergence, weights | step | harmful {args.lang} | benign {args.lang} | selectivity {args.lang} | harmful en | "
-          "benign en | selectivity en |\n|" + " --- |" * 8)
+    names = [f"{what} {lang}" for lang in (args.lang, "en") for what in ("harmful", "benign", "selectivity")]
+    print("| divergence, weights | step |", " | ".join(names), "|\n|" + " --- |" * 8)
     for case in itertools.product(args.divergences.split(","), args.weightings.split(",")):
         curves[case] = train(args, rest, *case)
         for step, rows in curves[case].items():
-            cells = [f"{count_refused(rows, lang, label):.2f}" for lang in (args.lang, "en") for label in ("harmful", "benign")]
-            for at in (2, 5):
-                cells.insert(at, f"{float(cells[at - 2]) - float(cells[at - 1]):.2f}")
+            both = [[count_refused(rows, lang, label) for label in ("harmful", "benign")] for lang in (args.lang, "en")]
+            cells = [f"{x:.2f}" for harmful, benign in both for x in (harmful, benign, harmful - benign)]
             print(f"| {', '.join(case)} | {step} |", " | ".join(cells), "|", flush=True)
         if args.plot:
             draw(args, curves, {label: count_refused(curves[case][0], "en", label) for label in ("harmful", "benign")})
