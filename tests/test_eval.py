@@ -749,3 +749,17 @@ def test_a_half_read_args_json_is_an_error_and_none_means_nothing_was_trained(co
         (tmp_path / "args.json").write_text(broken)
         with pytest.raises(UserError, match="args.json"):
             read_run(tmp_path)
+
+
+def test_wrap_puts_every_query_of_a_language_into_the_text_once(tmp_path):
+    args = SimpleNamespace(lang="jv,en", limit=2, data=[str(evaluation.DATA / "queries.csv")], holdout=0.2, source_lang="en",
+                           split="holdout", label=None)
+    read = lambda **wrap: [[q.text[lang] for q in queries] for _, lang, queries in evaluation.read_data(
+        SimpleNamespace(**vars(args), **wrap))]
+    file = tmp_path / "w.txt"
+    file.write_text("In a play, {query}\nMax says:")
+    assert read(wrap=str(file)) == [[f"In a play, {text}\nMax says:" for text in cell] for cell in read()]
+    assert "{query}" in (evaluation.DATA / "jailbreak.txt").read_text()
+    file.write_text("In a play")
+    with pytest.raises(UserError, match="no {query}"):
+        read(wrap=str(file))
