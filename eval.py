@@ -446,7 +446,7 @@ def read_data(args):
             queries = load_queries(path, langs, args.label)
             queries = queries if args.split == "all" else split(queries, args.holdout)[1]
             by_label = [[q for q in queries if q.label == label][:args.limit] for label in LABELS]
-            for q in sum(by_label, []) if wrap else []:
+            for q in sum(by_label[:2], []) if wrap else []:  # not those with an answer to find
                 q.text[lang] = wrap.replace("{query}", q.text[lang])
             cells.append((path, lang, sum(by_label, [])))
         except ValueError as e:
@@ -482,6 +482,8 @@ def main(args):
     form = None if args.judge == "keyword" else find_judge_format(args.judge, args.judge_format)
     if not args.lang:
         raise UserError("--lang names no language")
+    if args.wrap and args.rejudge:
+        raise UserError("--rejudge asks nothing again: --wrap has no use there")
     if args.plot:
         need("matplotlib", "draw --plot")
     for path in filter(None, (args.out, args.plot)):  # better now than after an hour

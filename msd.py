@@ -432,7 +432,8 @@ def main(args):
         return plan(args, device, student, teacher, tokenizer, template, pools, langs)
     params = [p for p in student.parameters() if p.requires_grad]
     optimizer = (torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-                 if args.optimizer == "adamw" else torch.optim.Adafactor(params, args.lr))
+                 if args.optimizer == "adamw" else  # its own eps is the dtype's: in bfloat16 the updates drown in it
+                 torch.optim.Adafactor(params, args.lr, eps=(1e-15, 1e-3)))
     heldout = find_heldout(args, langs) if args.eval_every and args.holdout else []
     prepare_out(args)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
@@ -504,7 +505,7 @@ def build_parser():
     add("--batch-size", type=positive, default=16, help="responses a step")
     add("--micro-batch-size", type=positive, help="responses a backward pass (default: all)")
     add("--optimizer", choices=["adamw", "adafactor"], default="adamw",
-        help="adafactor keeps no moments, and its --lr is relative to a weight's size: try 30 times adamw's")
+        help="adafactor keeps next to no moments; its --lr is relative to a weight's size: try 30 times adamw's")
     add("--lr", type=number(0, open_low=True), default=3e-4)
     add("--warmup", type=natural, default=4, help="steps of linear warm-up")
     add("--max-grad-norm", type=number(0, open_low=True), default=1.0)

@@ -65,20 +65,18 @@ def count_shared(prompts):
     differ = (i for i, tokens in enumerate(zip(*(p[:-1] for p in prompts))) if len({*tokens}) > 1)
     return next(differ, min(map(len, prompts)) - 1)
 
-def attend_rows(module, query, key, value, attention_mask, rows=None, sliding_window=None, **kwargs):
-    """The attention of packed rows, each as if it stood alone; query, key, value: (1, heads, T, D). rows (P, *lengths):
-    P tokens that all begin with, then each one's own. Without rows it is transformers' own. A mask over all pairs of
-    tokens took a quarter of the learning part's time."""
-    kwargs["sliding_window"] = sliding_window
-    if rows is None:
+def attend_rows(module, query, key, value, attention_mask, layout=None, **kwargs):
+    """Causal attention over packed rows, each as if it stood alone; query, key, value: (1, heads, T, D). layout (P,
+    *lengths): P tokens that all rows begin with, then each one's own. Without a layout it is transformers' own. A mask
+    over all pairs of tokens took a quarter of the learning part's time."""
+    if layout is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    P, *lengths, out = *rows, []
-    for at, n in zip(itertools.accumulate(lengths, initial=P), lengths):
+    P, at, out = layout[0], layout[0], []
+    for n in layout[1:]:
         row = [torch.cat([x[:, :, :P], x[:, :, at:at + n]], 2) for x in (query, key, value)]
-        near = sliding_window and sliding_window < P + n
-        mask = query.new_ones(P + n, P + n, dtype=torch.bool).tril().triu(1 - sliding_window) if near else None
-        y = sdpa_attention_forward(module, *row, mask, **kwargs)[0]  # (1, P + n, heads, D)
+        y = sdpa_attention_forward(module, *row, None, **kwargs)[0]  # (1, P + n, heads, D)
         out.append(y[:, P:] if out else y)
+        at += n
     return torch.cat(out, 1), None
 
 AttentionInterface.register("rows", attend_rows)
@@ -88,64 +86,74 @@ def run_packed(model, prompts, responses, use_cache=False):
     """Run rows of prompt + response through the decoder end to end, with restarting positions: no padding, and what all
     prompts begin with only once. A step takes 0.7 of a padded one's time (tests/bench.py step).
     Returns (the decoder's output over T tokens, how many are shared, the index past each row's last)."""
-    decoder, device = find_head(model)[0], next(model.parameters()).device
+    decoder, device, P, more = find_head(model)[0], next(model.parameters()).device, 0, {}
     rows = [p + r for p, r in zip(prompts, responses)]
-    ours = decoder.config._attn_implementation == "rows" and rows
-    P = count_shared(prompts) if ours else 0
-    lengths = [len(row) - P for row in rows]
-    more = dict(rows=(P, *lengths), attention_mask=torch.ones(1, 1, 1, 1, device=device)) if ours else {}  # never read
-    ids = rows[:1] and rows[0][:P] + [t for row in rows for t in row[P:]]  # T
-    positions = [*range(P), *(P + i for n in lengths for i in range(n))]  # T
+    if decoder.config._attn_implementation == "rows":  # a 4-D mask is handed on as it is: none is built, none is read
+        P = count_shared(prompts)
+        more = dict(layout=(P, *(len(row) - P for row in rows)), attention_mask=torch.ones(1, 1, 1, 1, device=device))
+    ids = rows[0][:P] + [t for row in rows for t in row[P:]]  # T
+    positions = [*range(P), *(i for row in rows for i in range(P, len(row)))]  # T
     out = decoder(input_ids=torch.tensor([ids], device=device), position_ids=torch.tensor([positions], device=device),
                   use_cache=use_cache, **more)
-    return out, P, [*itertools.accumulate(lengths, initial=P)][1:]
+    return out, P, [P + end for end in itertools.accumulate(len(row) - P for row in rows)]
 
 @torch.no_grad()
 def is_packing_exact(model, _known=weakref.WeakKeyDictionary()):
-    """Whether packed rows and hidden states give this model's own logits: tried once, on two short rows."""
+    """Whether packed rows and hidden states give this model's own logits: tried once, on two short rows, with
+    attend_rows where every layer sees all that is before it, else with transformers' own attention and its mask.
+    The model is left with the attention that was exact."""
     if model not in _known:
-        (decoder, head), weight = find_head(model), next(model.parameters())
-        vocab = model.get_input_embeddings().num_embeddings
+        (decoder, head), weight, exact = find_head(model), next(model.parameters()), False
+        vocab, own = model.get_input_embeddings().num_embeddings, decoder.config._attn_implementation
         rows = [[7 * i % vocab for i in row] for row in ([1, 2, 3, 4], [1, 2, 5, 6, 7, 8])]
-        if decoder.config._attn_implementation == "sdpa" and decoder._supports_attention_backend:
-            decoder.set_attn_implementation("rows")
-        out, _, ends = run_packed(model, rows, [[], []])
-        packed = head(out.last_hidden_state[0, [end - 1 for end in ends]]).float()
         plain = torch.stack([model(input_ids=torch.tensor([row], device=weight.device), use_cache=False).logits[0, -1]
                              for row in rows]).float()
-        tolerance = plain.std() * (1e-4 if weight.dtype == torch.float32 else 5e-2)
-        _known[model] = plain.shape == packed.shape and bool((plain - packed).abs().max() <= tolerance)
-        if not _known[model]:
+        ours = own == "sdpa" and decoder._supports_attention_backend and all(
+            type(layer) is DynamicLayer for layer in DynamicCache(config=decoder.config).layers)  # no sliding windows
+        for name in ["rows"] * ours + [own]:
+            if ours:
+                decoder.set_attn_implementation(name)
+            out, _, ends = run_packed(model, rows, [[], []])
+            if hasattr(out, "last_hidden_state") and model.get_output_embeddings() is not None:
+                packed = head(out.last_hidden_state[0, [end - 1 for end in ends]]).float()  # (2, V)
+                gap = (packed - plain).pow(2).mean().sqrt() / plain.std()
+                exact = bool(gap <= (1e-4 if weight.dtype == torch.float32 else 5e-2))
+            if exact:
+                break
+        _known[model] = exact
+        if not exact:
             print(f"note: {type(model).__name__}: packing is not exact; a row at a time, then", file=sys.stderr)
     return _known[model]
 
 class RoomyLayer(DynamicLayer):
-    """A layer of a KV cache with room for a whole response: a token is written in place, where transformers' own layer
-    copies all keys and values at every token. With the packed prompts: 1.1 to 1.8 times the tokens a second."""
+    """A layer of a KV cache with room for n tokens more: each is written in place, where transformers' own layer copies
+    all keys and values at every token. With the packed prompts: 1.1 to 1.8 times the tokens a second."""
 
-    def __init__(self, keys, values, room):
+    def __init__(self, keys, values, n):
         super().__init__()
         self.lazy_initialization(keys, values)
-        self.rooms = [torch.cat([x, x.new_empty(*x.shape[:2], room, x.shape[3])], 2) for x in (keys, values)]
-        self.keys, self.values = (x[:, :, :keys.shape[2]] for x in self.rooms)  # (B, heads, T, D): what is filled
+        self.n, self.keys, self.values = n, keys, values  # (B, heads, T, D), what is filled of self.rooms
+        self.batch_select_indices(slice(None))
+
+    def batch_select_indices(self, indices):
+        T, self.rooms = self.keys.shape[2], []
+        for x in (self.keys[indices], self.values[indices]):
+            self.rooms.append(x.new_empty(*x.shape[:2], T + self.n, x.shape[3]))
+            self.rooms[-1][:, :, :T] = x
+        self.keys, self.values = (room[:, :, :T] for room in self.rooms)
 
     def update(self, key_states, value_states, *_, **__):
-        T = self.keys.shape[2]
+        T, self.n = self.keys.shape[2], self.n - 1
         for room, new in zip(self.rooms, (key_states, value_states)):
             room[:, :, T:T + 1] = new
         self.keys, self.values = (room[:, :, :T + 1] for room in self.rooms)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices):
-        T, self.rooms = self.keys.shape[2], [room[indices] for room in self.rooms]
-        self.keys, self.values = (room[:, :, :T] for room in self.rooms)
-
-def prefill(model, prompts, room):
-    """(the first tokens' logits (B, V), the prompts' cache, left-padded, with room for so many tokens more) from packed
-    rows; (None, None) where they are not exact, or the cache is of another kind (sliding windows)."""
+def prefill(model, prompts, n):
+    """(the first tokens' logits (B, V), the prompts' cache, left-padded, with room for n tokens more) from packed rows;
+    (None, None) where those are not exact, or not to be had: sliding windows, a model without a decoder and a head."""
     decoder, head = find_head(model) if hasattr(model, "get_output_embeddings") else (None, None)
-    if not (prompts and decoder and is_packing_exact(model) and decoder.config._attn_implementation == "rows" and
-            all(type(layer) is DynamicLayer for layer in DynamicCache(config=decoder.config).layers)):
+    if not (prompts and decoder and is_packing_exact(model) and decoder.config._attn_implementation == "rows"):
         return None, None
     out, P, ends = run_packed(model, prompts, [[]] * len(prompts), use_cache=True)
     T, x, cache = max(map(len, prompts)), out.last_hidden_state[0], out.past_key_values
@@ -153,7 +161,7 @@ def prefill(model, prompts, room):
     at = torch.tensor(at, device=x.device)  # (B, T)
     for i, layer in enumerate(cache.layers):  # (1, heads, all tokens, D) -> (B, heads, T, D)
         keys, values = (states[0][:, at].transpose(0, 1) for states in (layer.keys, layer.values))
-        cache.layers[i] = RoomyLayer(keys, values, room)
+        cache.layers[i] = RoomyLayer(keys, values, n)
     return head(x[at[:, -1]]), cache
 
 @torch.no_grad()
@@ -301,18 +309,20 @@ def break_special(tokenizer, text):
 
 @contextlib.contextmanager
 def time_limit(seconds):
-    """TimeoutError in what takes longer; without effect outside of the main thread, and where there is no SIGALRM."""
-    able = hasattr(signal, "SIGALRM") and threading.current_thread() is threading.main_thread()
+    """TimeoutError in what takes longer. Only where SIGALRM can tell: in the main thread, and no other timer runs."""
     def stop(*_):
         raise TimeoutError(f"not done after {seconds} s")
-    before = signal.signal(signal.SIGALRM, stop) if able else None
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer") \
+            or signal.getitimer(signal.ITIMER_REAL)[0] or signal.getsignal(signal.SIGALRM) is None:
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        signal.setitimer(signal.ITIMER_REAL, seconds) if able else None
         yield
     finally:
-        if able:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 def encode_chat(tokenizer, text):
     """The token ids of one user turn with the header of the answer: what a model is prompted with. The template writes

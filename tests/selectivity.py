@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def train(args, rest, divergence, weighting):
     """{step: rows of eval.py} of one run, the untrained model at 0."""
     out = Path(args.out, f"{divergence}-{weighting}").resolve()
+    if (out / "args.json").is_file() and json.loads((out / "args.json").read_text())["lang"] != args.lang:
+        sys.exit(f"selectivity.py: {out} holds a run in another language: give another --out")
     if not (out / f"after-{args.steps}.json").is_file():
         command = [sys.executable, "msd.py", "--lang", args.lang, "--divergence", divergence, "--weighting", weighting,
                    "--steps", str(args.steps), "--eval-every", str(args.every), "--preflight", "0", "--save-every", "0",
@@ -31,8 +33,8 @@ def train(args, rest, divergence, weighting):
 def count_refused(rows, lang, label):
     """The share of a label's queries that is refused, over all files of data."""
     rows = [row for row in rows if (row["lang"], row["label"]) == (lang, label)]
-    return sum(row["n"] * row["refusal" if label == "harmful" else "over_refusal"] for row in rows) / sum(
-        row["n"] for row in rows)
+    refused = sum(row["n"] * row["refusal" if label == "harmful" else "over_refusal"] for row in rows)
+    return refused / max(1, sum(row["n"] for row in rows))
 
 
 def draw(args, curves, ceiling):
@@ -54,7 +56,8 @@ def draw(args, curves, ceiling):
 
 def main():
     """Train, tell, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lang", default="it")
     parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--every", type=int, default=6)

@@ -84,6 +84,13 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, flags):
     assert strip(logs[0]) == strip(logs[1])
 
 
+def test_adafactor_trains_in_bfloat16_too(tmp_path):
+    train(tmp_path / "o", "--optimizer", "adafactor", "--lr", 0.01, "--warmup", 0, "--dtype", "bfloat16", "--max-grad-norm", 1e-4)
+    before, after = load_file(f"{TINY}/model.safetensors"), load_file(tmp_path / "o" / "model.safetensors")
+    changed = [(before[k].bfloat16() != after[k]).float().mean().item() for k in after if after[k].dim() > 1]
+    assert sum(changed) / len(changed) > 0.5
+
+
 def test_a_lora_run_leaves_an_adapter_that_loads_from_any_working_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     run("--lang", "jv", *QUICK, "--model", "data/tiny", "--out", tmp_path / "o", "--steps", 2, "--lora-rank", 2, "--lr", 0.01)

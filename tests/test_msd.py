@@ -50,7 +50,7 @@ def test_the_fast_path_is_taken_and_its_head_gives_the_models_own_logits(name):
     assert msd.is_packing_exact(model)
     model.get_input_embeddings().register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape))
     hidden, head = response_hidden(model, prompts, RESPONSES)
-    shared = 0 if name == "Gemma2" else 2 * 3  # its soft-capped attention is not sdpa: packed under a mask
+    shared = 0 if name in ("Gemma2", "Gemma3Text", "Mistral") else 2 * 3  # with windows: packed under a mask
     assert hidden.shape == (15, 32) and seen == [(1, sum(map(len, prompts + RESPONSES)) - shared)]
     torch.testing.assert_close(head(hidden), torch.cat([alone(model, p, r) for p, r in zip(prompts, RESPONSES)]),
                                atol=1e-5, rtol=1e-5)
@@ -60,6 +60,29 @@ def test_the_fast_path_is_taken_and_its_head_gives_the_models_own_logits(name):
                                              ([[5, 6, 7]], 2), ([[5, 6], [7, 6]], 0)])
 def test_a_shared_beginning_never_holds_a_prompts_last_token(prompts, shared):
     assert msd.count_shared(prompts) == shared
+
+
+@pytest.mark.parametrize("config", [("Phimoe", {}), ("Qwen2Moe", dict(use_sliding_window=True, max_window_layers=0))])
+def test_a_window_that_only_the_mask_knows_is_kept(config):
+    ARCHITECTURES[config[0]] = dict(sliding_window=8, num_experts=2, num_local_experts=2, moe_intermediate_size=32,
+                                    shared_expert_intermediate_size=32, num_experts_per_tok=1, **config[1])
+    try:
+        model = build_model(config[0])
+    finally:
+        del ARCHITECTURES[config[0]]
+    long = [prompt * 6 for prompt in PROMPTS]  # longer than the window
+    torch.testing.assert_close(response_logits(model, long, RESPONSES),
+                               torch.cat([alone(model, p, r) for p, r in zip(long, RESPONSES)]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_that_loses_the_layout_on_the_way_is_packed_under_a_mask(monkeypatch):
+    model = build_model("Llama")
+    for layer in model.model.layers:
+        forward = layer.self_attn.forward
+        layer.self_attn.forward = lambda *a, _f=forward, layout=None, **kw: _f(*a, **kw)
+    assert msd.is_packing_exact(model) and model.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(response_logits(model, PROMPTS, RESPONSES),
+                               torch.cat([alone(model, p, r) for p, r in zip(PROMPTS, RESPONSES)]), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("breaks", ["positions", "logits"])
@@ -271,3 +294,4 @@ def test_batches_hold_the_benign_fraction_and_every_query_once_an_epoch():
     assert seen[2] == pick_batch(harmful, benign, ["jv", "sw"], a, 2)  # a function of (seed, step)
     assert seen[2] != pick_batch(harmful, benign, ["jv", "sw"], Namespace(**{**vars(a), "seed": 2}), 2)
     assert {q.label for q, _ in pick_batch(harmful, [], ["jv"], a, 0)} == {"harmful"}
+
