@@ -34,6 +34,8 @@ CONDITIONS = {  # name: (flags of msd.py, seeds)
     "off-policy, weights: none": ("--policy off --weighting none", 3),
     "no benign queries": ("--benign-fraction 0", 3),
     "EMA teacher": ("--teacher ema", 3),
+    "English queries in the batch, too": ("--lang {t},en", 3),
+    "Adafactor": ("--optimizer adafactor --lr 0.01", 3),
 }
 COLUMNS = ["unsafe {t}", "over-refusal {t}", "selectivity {t}", "unsafe unseen", "over-refusal unseen", "unsafe en",
            "over-refusal en", "drift en"]
@@ -45,7 +47,7 @@ def train(args, name, flags, seed):
     out = Path(args.out, f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}")
     if not (out / "config.json").is_file():
         command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--seed", str(seed), "--out",
-                   str(out), "--overwrite", "--eval-every", "0", "--save-every", "0", *flags.split(), *args.flags.split()]
+                   str(out), "--overwrite", "--eval-every", "0", "--save-every", "0", *flags.format(t=args.lang).split(), *args.flags.split()]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return out
 
