@@ -6,7 +6,7 @@
     flops    the step's GFLOP/s over a matrix product's: 6 a weight and trained token, 2 a forward-only token
     cost     seconds a response token and memory, against batch and response length
     plan     what msd.py --plan says over the peak of two steps, full and LoRA
-    kill     a run killed (-9) at 50 random moments and resumed each time, against one that was never killed
+    kill     runs killed (-9) at ten random moments each, and resumed, against runs that nobody killed
     long     2,000 steps: memory and seconds a step, early and late
 
 The sides of a ratio take turns in one run, after a warm-up each; ratios are of medians. Memory is the peak of a process
@@ -201,35 +201,43 @@ def bench_plan(args):
     return rows
 
 
-def bench_kill(args, kills=50):
-    """Kill it while it loads, steps or saves; then compare weights and log with those of a run that nobody killed."""
-    rng = random.Random(0)
-    with tempfile.TemporaryDirectory() as folder:
-        common = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--data", args.data,
-                  "--batch-size", "4", "--max-new-tokens", "6", "--eval-every", "0", "--save-every", "1"]
-        out, log = Path(folder, "killed"), Path(folder, "killed", "metrics.jsonl")
-        begin = lambda out, steps, *more: subprocess.Popen([*common, "--out", str(out), "--steps", str(steps), *more],
-                                                           stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        count, lives = lambda: log.read_text().count("\n") if log.is_file() else -1, 0
-        while lives < kills:
-            process = begin(out, 10 ** 6, "--resume" if (out / "checkpoint.pt").is_file() else "--overwrite")
-            seen = count()
-            while rng.random() < 0.99 and process.poll() is None and count() <= seen:
-                time.sleep(0.1)  # mostly: until it steps; sometimes: while it still loads
-            time.sleep(rng.uniform(0, 1))
-            lives += process.poll() is None
-            process.kill()
-            if process.wait() != -9:
-                return [["kill: a resumed run ended by itself", "lives", lives, "", None, f"exit {process.returncode}"]]
-        last = log.read_text().rstrip("\n").rsplit("\n", 1)[-1]
-        steps = int(re.match(r'{"step": (\d+)', last)[1]) + 3
-        for where, more in ((out, ["--resume"]), (Path(folder, "straight"), [])):
-            if begin(where, steps, *more).wait():
-                return [["kill: the run could not be resumed", "lives", lives, "", None, ""]]
-        same = Path(folder, "straight", "model.safetensors").read_bytes() == (out / "model.safetensors").read_bytes()
-        each_once = [json.loads(line)["step"] for line in log.read_text().splitlines()] == [*range(1, steps + 1)]
-    return [["kill: -9 at random moments", "kills", lives, "", None, f"{steps} steps in all; weights "
-             f"{'equal' if same else 'DIFFER'} bit for bit; log {'holds each step once' if each_once else 'BROKEN'}"]]
+VARIANTS = {"full": [], "LoRA": ["--lora-rank", "4"], "EMA teacher": ["--teacher", "ema"], "off-policy": ["--policy", "off"],
+            "CoT teacher": ["--cot-tokens", "8"]}
+
+
+def bench_kill(args, kills=10):
+    """Kill a run while it loads, steps or saves, resume it, and so on; then compare its weights and log with those of a
+    run that nobody killed."""
+    rng, rows = random.Random(0), []
+    for name, flags in VARIANTS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            out, straight, lives = Path(folder, "killed"), Path(folder, "straight"), 0
+            log, model = out / "metrics.jsonl", f"{'adapter_' * (name == 'LoRA')}model.safetensors"
+            command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--data", args.data, *flags,
+                       "--batch-size", "4", "--max-new-tokens", "6", "--eval-every", "0", "--save-every", "1"]
+            begin = lambda out, steps, *more: subprocess.Popen(
+                [*command, "--out", str(out), "--steps", str(steps), *more], stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL)
+            count = lambda: log.read_text().count("\n") if log.is_file() else -1
+            while lives < kills:
+                process = begin(out, 10 ** 6, "--resume" if (out / "checkpoint.pt").is_file() else "--overwrite")
+                seen = count()
+                while rng.random() < 0.99 and process.poll() is None and count() <= seen:
+                    time.sleep(0.1)  # mostly: until it steps; sometimes: while it still loads
+                time.sleep(rng.uniform(0, 1))
+                lives += process.poll() is None
+                process.kill()
+                if process.wait() != -9:
+                    sys.exit(f"bench.py: a resumed run ({name}) ended by itself, with exit code {process.returncode}")
+            steps = json.loads(log.read_text().split("\n")[count() - 1])["step"] + 3
+            for where, more in ((out, ["--resume"]), (straight, [])):
+                if begin(where, steps, *more).wait():
+                    sys.exit(f"bench.py: {where} ({name}) could not be finished")
+            same = (straight / model).read_bytes() == (out / model).read_bytes()
+            once = [json.loads(line)["step"] for line in log.read_text().splitlines()] == [*range(1, steps + 1)]
+        rows.append([f"kill: -9 at random moments, {name}", "kills", lives, "", None, f"{steps} steps in all; weights "
+                     f"{'equal' if same else 'DIFFER'}, bit for bit; log {'has each step once' if once else 'BROKEN'}"])
+    return rows
 
 
 def bench_long(args, steps=2000):
