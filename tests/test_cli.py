@@ -249,7 +249,8 @@ def test_a_plan_names_what_the_run_holds_and_loads_no_weights(tmp_path, capsys):
     parts, out = plan("--batch-size", "512", "--fit", "0.1")
     assert "does not fit" in out and out.count("<|user|>") == 2 and "Javanese" in out and not (tmp_path / "o").exists()
     size = 3_311_360 * 4 / 1e9
-    assert (parts["weights"], parts["AdamW's moments"]) == (pytest.approx(size, abs=0.01), pytest.approx(2 * size, abs=0.01))
+    assert (parts["weights"], parts["adamw's moments"]) == (pytest.approx(size, abs=0.01), pytest.approx(2 * size, abs=0.01))
+    assert plan("--optimizer", "adafactor")[0]["adafactor's moments"] == 0
     lora, out = plan("--lora-rank", "2")
     assert "in all: fits" in out and lora["the teacher's own weights"] == 0 < parts["the teacher's own weights"]
 
