@@ -185,14 +185,19 @@ def bench_cost(args):
     return rows
 
 
+def train(args, *flags):
+    """The command of a run of msd.py that evaluates nothing."""
+    return [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--data", args.data,
+            "--eval-every", "0", *flags]
+
+
 def bench_plan(args):
     """What --plan says against what a run takes."""
     rows = []
     for flags in ([], ["--lora-rank", "16"]):
         with tempfile.TemporaryDirectory() as out:
-            command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--data", args.data,
-                       "--device", "cpu", "--batch-size", "8", "--steps", "2", "--max-new-tokens", str(args.tokens),
-                       "--eval-every", "0", "--save-every", "0", "--out", f"{out}/run", *flags]
+            command = train(args, "--device", "cpu", "--batch-size", "8", "--steps", "2", "--max-new-tokens",
+                            str(args.tokens), "--save-every", "0", "--out", f"{out}/run", *flags)
             run = lambda *more: subprocess.run([*command, *more], check=True, capture_output=True, text=True).stdout
             planned = float(re.search(r"([\d.]+) GB  in all", run("--plan"))[1])
             run()
@@ -213,8 +218,7 @@ def bench_kill(args, kills=10):
         with tempfile.TemporaryDirectory() as folder:
             out, straight, lives = Path(folder, "killed"), Path(folder, "straight"), 0
             log, model = out / "metrics.jsonl", f"{'adapter_' * (name == 'LoRA')}model.safetensors"
-            command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--data", args.data, *flags,
-                       "--batch-size", "4", "--max-new-tokens", "6", "--eval-every", "0", "--save-every", "1"]
+            command = train(args, *flags, "--batch-size", "4", "--max-new-tokens", "6", "--save-every", "1")
             begin = lambda out, steps, *more: subprocess.Popen(
                 [*command, "--out", str(out), "--steps", str(steps), *more], stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL)
@@ -243,8 +247,7 @@ def bench_kill(args, kills=10):
 def bench_long(args, steps=2000):
     """Whether memory and seconds a step stay as they are."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--data", args.data,
-                   "--eval-every", "0", "--steps", str(steps), "--save-every", "100", "--out", f"{folder}/long"]
+        command = train(args, "--steps", str(steps), "--save-every", "100", "--out", f"{folder}/long")
         subprocess.run(command, check=True, capture_output=True)
         rows = [json.loads(line) for line in Path(folder, "long", "metrics.jsonl").read_text().splitlines()]
     quarter = steps // 4

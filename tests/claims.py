@@ -47,7 +47,8 @@ def train(args, name, flags, seed):
     out = Path(args.out, f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}")
     if not (out / "config.json").is_file():
         command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--seed", str(seed), "--out",
-                   str(out), "--overwrite", "--eval-every", "0", "--save-every", "0", *flags.format(t=args.lang).split(), *args.flags.split()]
+                   str(out), "--overwrite", "--eval-every", "0", "--save-every", "0",
+                   *flags.format(t=args.lang).split(), *args.flags.split()]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return out
 

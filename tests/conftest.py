@@ -23,7 +23,7 @@ ARCHITECTURES = {
 def build_model(name, seed=0, **extra):
     """A random model with weights large enough that every token matters: a leak between rows shows."""
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{name}Config")(**{**BASE, **ARCHITECTURES[name], **extra})
+    config = getattr(transformers, f"{name}Config")(**{**BASE, **ARCHITECTURES.get(name, {}), **extra})
     model = AutoModelForCausalLM.from_config(config)
     for p in model.parameters():
         p.data.mul_(5 if p.dim() > 1 else 1)

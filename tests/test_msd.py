@@ -62,20 +62,16 @@ def test_a_shared_beginning_never_holds_a_prompts_last_token(prompts, shared):
     assert msd.count_shared(prompts) == shared
 
 
-@pytest.mark.parametrize("config", [("Phimoe", {}), ("Qwen2Moe", dict(use_sliding_window=True, max_window_layers=0))])
-def test_a_window_that_only_the_mask_knows_is_kept(config):
-    ARCHITECTURES[config[0]] = dict(sliding_window=8, num_experts=2, num_local_experts=2, moe_intermediate_size=32,
-                                    shared_expert_intermediate_size=32, num_experts_per_tok=1, **config[1])
-    try:
-        model = build_model(config[0])
-    finally:
-        del ARCHITECTURES[config[0]]
+@pytest.mark.parametrize("name, extra", [("Phimoe", {}), ("Qwen2Moe", dict(use_sliding_window=True, max_window_layers=0))])
+def test_a_window_that_only_the_mask_knows_is_kept(name, extra):
+    model = build_model(name, sliding_window=8, num_experts=2, num_local_experts=2, moe_intermediate_size=32,
+                        shared_expert_intermediate_size=32, num_experts_per_tok=1, **extra)
     long = [prompt * 6 for prompt in PROMPTS]  # longer than the window
     torch.testing.assert_close(response_logits(model, long, RESPONSES),
                                torch.cat([alone(model, p, r) for p, r in zip(long, RESPONSES)]), atol=1e-4, rtol=1e-4)
 
 
-def test_a_model_that_loses_the_layout_on_the_way_is_packed_under_a_mask(monkeypatch):
+def test_a_model_that_loses_the_layout_on_the_way_is_packed_under_a_mask():
     model = build_model("Llama")
     for layer in model.model.layers:
         forward = layer.self_attn.forward
@@ -294,4 +290,3 @@ def test_batches_hold_the_benign_fraction_and_every_query_once_an_epoch():
     assert seen[2] == pick_batch(harmful, benign, ["jv", "sw"], a, 2)  # a function of (seed, step)
     assert seen[2] != pick_batch(harmful, benign, ["jv", "sw"], Namespace(**{**vars(a), "seed": 2}), 2)
     assert {q.label for q, _ in pick_batch(harmful, [], ["jv"], a, 0)} == {"harmful"}
-
