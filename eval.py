@@ -438,7 +438,7 @@ def read_wrap(path):
 def read_data(args):
     """[(path, lang, queries)] of every --data that has the language: the held-out part, a label's first --limit.
     Raises UserError for a file without any of the languages, and for a language that is in no file."""
-    cells, errors, wrap = [], [], getattr(args, "wrap", None) and read_wrap(args.wrap)
+    cells, errors, wrap = [], [], args.wrap and read_wrap(args.wrap)
     for path, lang in itertools.product(args.data, args.lang.split(",")):
         try:
             # a query is held out by its text in English, or else in the source language: that of training

@@ -120,6 +120,13 @@ def enable_grad_checkpoint(model):
         module.training = isinstance(module, GradientCheckpointingLayer)
 
 
+def make_optimizer(args, params):
+    """The optimizer of --optimizer over `params`."""
+    if args.optimizer == "adamw":
+        return torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    return torch.optim.Adafactor(params, args.lr, eps=(1e-15, 1e-3))  # its own eps drowns the updates of bfloat16
+
+
 def load_models(args, device, dtype):
     """(student, teacher, tokenizer) from --model: adapters, teacher and checkpointing as the flags say."""
     model, tokenizer = load_model(args.model, device, dtype, args.trust_remote_code)
@@ -207,7 +214,8 @@ def find_heldout(args, langs):
     """[(path, lang, held-out queries)] to evaluate on: the trained languages, the source, and --eval-lang."""
     asked = [*langs, args.source_lang, *args.eval_lang.replace(",", " ").split()]
     return evaluation.read_data(argparse.Namespace(**{**vars(args), "lang": ",".join(dict.fromkeys(asked)),
-                                                      "split": "holdout", "limit": args.eval_limit or None}))
+                                                      "split": "holdout", "wrap": None,
+                                                      "limit": args.eval_limit or None}))
 
 
 def evaluate(model, tokenizer, heldout, langs, judging):
@@ -431,9 +439,7 @@ def main(args):
     if args.plan:
         return plan(args, device, student, teacher, tokenizer, template, pools, langs)
     params = [p for p in student.parameters() if p.requires_grad]
-    optimizer = (torch.optim.AdamW(params, args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
-                 if args.optimizer == "adamw" else  # its own eps is the dtype's: in bfloat16 the updates drown in it
-                 torch.optim.Adafactor(params, args.lr, eps=(1e-15, 1e-3)))
+    optimizer = make_optimizer(args, params)
     heldout = find_heldout(args, langs) if args.eval_every and args.holdout else []
     prepare_out(args)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0

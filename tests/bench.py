@@ -70,7 +70,7 @@ def lap(began=0.0, **more):
 def prepare_step(rows=8):
     """(msd.py's flags, the same queries for all sides, the teacher's template)."""
     args = msd.build_parser().parse_args(["--lang", JOB["lang"], "--model", JOB["model"], "--device", "cpu",
-                                          "--max-new-tokens", str(JOB["tokens"])])
+                                          "--max-new-tokens", str(JOB["tokens"]), "--lr", "1e-6"])
     queries = msd.load_queries(JOB["data"], [args.source_lang, args.lang])[:rows]
     return args, queries, msd.read_teacher_prompt(args.teacher_prompt)
 
@@ -102,7 +102,7 @@ def run_ours():
     Then, outside of the step's time, ten large matrix products: the rate that the machine has at that moment."""
     args, queries, template = prepare_step(JOB.get("rows", 8))
     student, teacher, tokenizer = msd.load_models(args, torch.device("cpu"), torch.float32)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6, betas=(0.9, 0.99), weight_decay=0.0)
+    optimizer = msd.make_optimizer(args, [*student.parameters()])
     unembed, embed = student.get_output_embeddings().weight, student.get_input_embeddings().weight
     head, body = unembed.numel(), sum(p.numel() for p in {*student.parameters()} - {embed, unembed})
     learn, began = learn_plainly if JOB["name"] == "plain" else msd.learn, lap()
@@ -155,6 +155,11 @@ def run_trl():
     trainer.train()
 
 
+def find_rate(got):
+    """GFLOP/s of the ten products of run_ours."""
+    return 10 * 2 * 2048 ** 3 / got["product"] / 1e9
+
+
 def bench_step(args, wanted):
     """The rows of step and flops, from the same runs."""
     trl = subprocess.run([args.trl_python, "-c", VERSIONS], capture_output=True, text=True)
@@ -167,7 +172,7 @@ def bench_step(args, wanted):
             note = trl.stdout.strip() if name == "trl" else f"loss {ours['first']:.7f}, {got['plain']['first']:.7f}"
             rows.append([f"step: {key}, batch 8", unit, ours[key], name, got[name][key], note, *bar])
     for case, part, flops in [("step", "seconds", "flops"), ("learning", "learning", "learn_flops")]:
-        rate, achieved = 2e-8 * 2048 ** 3 / ours["product"], ours[flops] / ours[part] / 1e9
+        rate, achieved = find_rate(ours), ours[flops] / ours[part] / 1e9
         note = (f"{ours[part]:.2f} s of {ours['sampling']:.2f} sampling + {ours['learning']:.2f} learning + optimizer; "
                 f"with recomputation {achieved * (1 + ours['again'] / ours[flops]):.1f}")
         rows += [[f"flops: {case}", "GFLOP/s", achieved, "product", rate, note, 0.55, 0.75]] * ("flops" in wanted)
@@ -180,7 +185,8 @@ def bench_cost(args):
     for B, n in [(B, n) for B in args.batch for n in lengths if B * n <= 2048]:
         got = take_turns({"ours": start(args, "ours", rows=B, tokens=n)}, 1)["ours"]
         a, b, c = (got[key] / B / n for key in ("seconds", "sampling", "learning"))
-        note = f"{b:.4f} sampling, {c:.4f} learning; peak {got['peak']:.2f} GB"
+        share = got["flops"] / got["seconds"] / 1e9 / find_rate(got)
+        note = f"{b:.4f} sampling, {c:.4f} learning; GFLOP/s {share:.2f} of the product's; peak {got['peak']:.2f} GB"
         rows.append([f"cost: batch {B}, {n} tokens", "s a token", a, "", None, note])
     return rows
 

@@ -43,7 +43,7 @@ def draw(args, curves, ceiling):
     matplotlib.use("agg")
     from matplotlib import pyplot
     fig, panels = pyplot.subplots(1, 4, figsize=(15, 3.6), sharey=True)
-    for panel, (lang, label) in zip(panels, itertools.product((args.lang, "en"), ("harmful", "benign"))):
+    for panel, (lang, label) in zip(panels, itertools.product((args.shown, "en"), ("harmful", "benign"))):
         for (divergence, weighting), runs in curves.items():
             panel.plot(list(runs), [count_refused(rows, lang, label) for rows in runs.values()], marker=".",
                        label=f"{divergence}, {weighting}", linestyle="-" if weighting == "dpsw" else "--",
@@ -58,7 +58,7 @@ def main():
     """Train, tell, draw."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lang", default="it")
+    parser.add_argument("--lang", default="it", help="the first is shown, beside English: it,en trains on both")
     parser.add_argument("--steps", type=int, default=18)
     parser.add_argument("--every", type=int, default=6)
     parser.add_argument("--divergences", default="reverse,forward,jsd")
@@ -66,13 +66,13 @@ def main():
     parser.add_argument("--plot", metavar="FILE")
     parser.add_argument("--out", default="out/selectivity")
     args, rest = parser.parse_known_args()
-    curves = {}
-    names = [f"{what} {lang}" for lang in (args.lang, "en") for what in ("harmful", "benign", "selectivity")]
+    args.shown, curves = args.lang.split(",")[0], {}
+    names = [f"{what} {lang}" for lang in (args.shown, "en") for what in ("harmful", "benign", "selectivity")]
     print("| divergence, weights | step |", " | ".join(names), "|\n|" + " --- |" * 8)
     for case in itertools.product(args.divergences.split(","), args.weightings.split(",")):
         curves[case] = train(args, rest, *case)
         for step, rows in curves[case].items():
-            both = [[count_refused(rows, lang, label) for label in ("harmful", "benign")] for lang in (args.lang, "en")]
+            both = [[count_refused(rows, lang, label) for label in ("harmful", "benign")] for lang in (args.shown, "en")]
             cells = [f"{x:.2f}" for harmful, benign in both for x in (harmful, benign, harmful - benign)]
             print(f"| {', '.join(case)} | {step} |", " | ".join(cells), "|", flush=True)
         if args.plot:

@@ -758,7 +758,7 @@ def test_wrap_puts_every_query_of_a_language_into_the_text_once(tmp_path):
         SimpleNamespace(**vars(args), **wrap))]
     file = tmp_path / "w.txt"
     file.write_text("In a play, {query}\nMax says:")
-    assert read(wrap=str(file)) == [[f"In a play, {text}\nMax says:" for text in cell] for cell in read()]
+    assert read(wrap=str(file)) == [[f"In a play, {text}\nMax says:" for text in cell] for cell in read(wrap=None)]
     assert "{query}" in (evaluation.DATA / "jailbreak.txt").read_text()
     file.write_text("In a play")
     with pytest.raises(UserError, match="no {query}"):
