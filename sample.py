@@ -4,9 +4,9 @@
     python sample.py --weights --model out/jv --lang jv --query "…" --query-en "…"      an answer and its DPSW weights
     python sample.py --from out/jv/samples.jsonl --html out.html      a run's responses and its training curve, a page
 
-`sample` is written by hand: ragged prompts are read end to end where that is exact, else left-padded; the KV cache grows
-a token a step, and finished rows leave the batch. Between it and the command stands what every program here needs:
-flags, errors, a model, a prompt.
+`sample` is written by hand: ragged prompts are read end to end where that is exact, else left-padded; the KV cache
+grows a token a step, and finished rows leave the batch. Between it and the command stands what every program here
+needs: flags, errors, a model, a prompt.
 """
 import argparse
 import contextlib

@@ -1,4 +1,4 @@
-"""Speed and memory, side by side: python tests/bench.py [SECTION …] --model DIR --data FILE      (all sections: an hour)
+"""Speed and memory, side by side: python tests/bench.py [SECTION …] --model DIR --data FILE     (all sections: an hour)
 
     sample   sample() over model.generate, greedy: equal lengths, and half of the rows done in the first quarter
     step     one on-policy step over TRL's SDFTTrainer, and over its own plain form (left-padded, all logits)

@@ -2,9 +2,9 @@
 
 Trains a model under every --divergence × --weighting at equal steps, evaluates it on held-out queries on the way, and
 prints a markdown table; --plot draws refused harmful and refused benign against steps. All flags that are not its own
-go to msd.py. Selectivity: harmful queries refused − benign ones refused. The teacher's line is what there is to transfer:
-the untrained model on the same held-out queries in the source language, as under --teacher-prompt english. Runs that lie
-in --out are not run again.
+go to msd.py. Selectivity: harmful queries refused − benign ones refused. The teacher's line is what there is to
+transfer: the untrained model on the same held-out queries in the source language, as under --teacher-prompt english.
+Runs that lie in --out are not run again.
 """
 import argparse
 import itertools
@@ -43,7 +43,7 @@ def draw(args, curves, ceiling):
     matplotlib.use("agg")
     from matplotlib import pyplot
     fig, panels = pyplot.subplots(1, 4, figsize=(15, 3.6), sharey=True)
-    for panel, (lang, label) in zip(panels, itertools.product((args.shown, "en"), ("harmful", "benign"))):
+    for panel, (lang, label) in zip(panels, itertools.product(args.shown, ("harmful", "benign"))):
         for (divergence, weighting), runs in curves.items():
             panel.plot(list(runs), [count_refused(rows, lang, label) for rows in runs.values()], marker=".",
                        label=f"{divergence}, {weighting}", linestyle="-" if weighting == "dpsw" else "--",
@@ -66,13 +66,13 @@ def main():
     parser.add_argument("--plot", metavar="FILE")
     parser.add_argument("--out", default="out/selectivity")
     args, rest = parser.parse_known_args()
-    args.shown, curves = args.lang.split(",")[0], {}
-    names = [f"{what} {lang}" for lang in (args.shown, "en") for what in ("harmful", "benign", "selectivity")]
+    args.shown, curves = (args.lang.split(",")[0], "en"), {}
+    names = [f"{what} {lang}" for lang in args.shown for what in ("harmful", "benign", "selectivity")]
     print("| divergence, weights | step |", " | ".join(names), "|\n|" + " --- |" * 8)
     for case in itertools.product(args.divergences.split(","), args.weightings.split(",")):
         curves[case] = train(args, rest, *case)
         for step, rows in curves[case].items():
-            both = [[count_refused(rows, lang, label) for label in ("harmful", "benign")] for lang in (args.shown, "en")]
+            both = [[count_refused(rows, lang, label) for label in ("harmful", "benign")] for lang in args.shown]
             cells = [f"{x:.2f}" for harmful, benign in both for x in (harmful, benign, harmful - benign)]
             print(f"| {', '.join(case)} | {step} |", " | ".join(cells), "|", flush=True)
         if args.plot:
