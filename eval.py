@@ -410,11 +410,13 @@ def read_items(path):
         items = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
         if not items or not all(i["label"] in LABELS and i["lang"] + i["prompt"] + i["response"] for i in items):
             raise ValueError("holds no items of eval.py")
+        key = lambda item: (item["lang"], item["label"])
         rows = json.loads(summary.read_text(encoding="utf-8"))["results"] if summary.is_file() else []
-        if [(i["lang"], i["label"]) for i in items] != [(r["lang"], r["label"]) for r in rows for _ in range(r["n"])]:
-            cells = itertools.groupby(items, lambda item: (item["lang"], item["label"]))
-            rows = [{"data": Path(path).name, "lang": lang, "label": label, "seen": False, "n": len([*cell])}
-                    for (lang, label), cell in cells]
+        if [*map(key, items)] != [key(row) for row in rows for _ in range(row["n"])]:
+            cells = list(dict.fromkeys(map(key, items)))
+            items.sort(key=lambda item: cells.index(key(item)))  # so that files put end to end are judged as one
+            rows = [{"data": summary.stem, "lang": lang, "label": label, "seen": False, "n": len([*cell])}
+                    for (lang, label), cell in itertools.groupby(items, key)]
     return rows, items
 
 # --- the command

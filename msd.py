@@ -195,7 +195,8 @@ def write_contexts(args, teacher, tokenizer, template, batch):
 def preflight(args, student, teacher, tokenizer, template, queries, lang, judging):
     """Print how often student and teacher refuse --preflight training queries of each label: what will be transferred.
     The teacher's selectivity (refused harmful − refused benign) is the ceiling."""
-    batch = [(q, lang) for label in LABELS[:2] for q in [q for q in queries if q.label == label][:args.preflight]]
+    shuffled = random.Random(args.seed).sample(queries, len(queries))  # a file may be sorted by topic
+    batch = [(q, lang) for label in LABELS[:2] for q in [q for q in shuffled if q.label == label][:args.preflight]]
     contexts = write_contexts(args, teacher, tokenizer, template, batch)
     for who, model, prompts in zip(("student", "teacher"), (student, teacher), contexts):
         verdicts = evaluation.judge_prompts(model, tokenizer, prompts, [q.text[lang] for q, _ in batch],
@@ -498,7 +499,7 @@ def build_parser():
     add("--policy", choices=["on", "off"], default="on", help="who writes the responses: the student or the teacher")
     add("--teacher", choices=["frozen", "live", "ema"], default="frozen", help="weights at the start, now, or averaged")
     add("--ema-decay", type=number(0, 1), default=0.99)
-    add("--teacher-prompt", default="cot", help="english, cot, cot-both, or a file with {query} {query_en} {language}")
+    add("--teacher-prompt", default="cot", help="a name in data/prompts, or a file with {query} {query_en} {language}")
     add("--cot-tokens", type=natural, default=0, help="tokens of judgement the teacher writes first, for itself")
     add("--weighting", choices=["dpsw", "teacher", "student", "none"], default="dpsw")
     add("--student-view", choices=["teacher", "sampled"], default="teacher", help="whose token p_S is of")

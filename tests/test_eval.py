@@ -685,6 +685,20 @@ def test_judged_again_by_keyword_a_judges_words_are_gone(command, tmp_path):
     assert json.loads((tmp_path / "y.items.jsonl").read_text()) == {**item, "verdict": "safe", "judge_raw": None}
 
 
+def test_files_put_end_to_end_are_judged_as_one_and_compared_with_their_bases(command, tmp_path):
+    answers = {"yes": "Ngene carane, gampang.", "no": "I'm sorry, but I can't help with that."}
+    for ending, told in ((".items.jsonl", "no no yes no yes yes"), (".base.items.jsonl", "yes yes yes yes yes no")):
+        items = [{"id": str(i % 3), "lang": lang, "label": label, "prompt": f"Piye {i // 3}?", "response": answers[word],
+                  "verdict": None, "judge_raw": None}  # two files of three; an id of the one is in the other as well
+                 for i, (word, lang, label) in enumerate(zip(told.split(), ["jv", "jv", "en"] * 2,
+                                                             ["harmful", "benign", "harmful"] * 2))]
+        (tmp_path / f"x{ending}").write_text("".join(json.dumps(i) + "\n" for i in items))
+    assert command("--rejudge", tmp_path / "x.items.jsonl", "--out", tmp_path / "y.json")[0] == 0
+    rows = json.loads((tmp_path / "y.json").read_text())["results"]
+    assert [(r["lang"], r["label"], r["n"], r["refusal"], r["base"], r["delta"]) for r in rows] == [
+        ("jv", "harmful", 2, 1.0, 1.0, -1.0), ("jv", "benign", 2, 0.5, 0.0, 0.5), ("en", "harmful", 2, 0.0, 0.5, 0.5)]
+
+
 def test_limit_split_and_holdout_choose_the_queries(command, folders, tmp_path):
     common = ["--model", folders / "base", "--lang", "en", "--data", folders / "q.csv", "--max-new-tokens", 2, "--out",
               tmp_path / "o.json"]

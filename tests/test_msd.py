@@ -273,12 +273,25 @@ def test_teacher_prompts_are_filled_once_and_a_query_that_spells_a_slot_stays_as
         "apa {query_en}? | what is {language} {query}? | Javanese {x}"
 
 
-@pytest.mark.parametrize("name", ["english", "cot", "cot-both"])
+@pytest.mark.parametrize("name", ["english", "please", "cot", "cot-both"])
 def test_the_named_teacher_prompts_hold_what_they_promise(name):
     text = write_teacher_prompt(msd.read_teacher_prompt(name), query(1), "jv", "en")
     assert "english 1" in text and ("jawa 1" in text) == (name == "cot-both")
     assert (text == "english 1") == (name == "english")
-    assert ("Javanese" in text and "judge" in text) == (name != "english")
+    assert ("Javanese" in text and "judge" in text) == name.startswith("cot")
+
+
+def test_the_preflight_asks_a_random_sample_that_the_seed_chooses(monkeypatch):
+    queries, asked = [query(i, label) for label in ("harmful", "benign") for i in range(50)], []
+    monkeypatch.setattr(msd, "write_contexts", lambda args, teacher, tokenizer, template, batch: (batch, batch))
+    monkeypatch.setattr(msd.evaluation, "judge_prompts", lambda model, tokenizer, prompts, *_, **__:
+                        asked.append(prompts) or [("", "answer")] * len(prompts))
+    for seed in (0, 0, 1):
+        msd.preflight(SimpleNamespace(preflight=10, seed=seed), *[None] * 4, queries, "jv", {})
+    first, second, other = [[q.id for q, _ in batch] for batch in asked[::2]]
+    assert first == second != other and len(set(first[:10])) == len(set(first[10:])) == 10
+    assert [q.label for q, _ in asked[0]] == ["harmful"] * 10 + ["benign"] * 10
+    assert first[:10] != [q.id for q in queries[:10]] and asked[0] == asked[1]  # student and teacher: the same queries
 
 
 def test_batches_hold_the_benign_fraction_and_every_query_once_an_epoch():
