@@ -429,18 +429,11 @@ def read_run(model):
         return {"lang": run["lang"].replace(",", " ").split(), "source_lang": run["source_lang"],
                 "holdout": float(run["holdout"])}
 
-def read_wrap(path):
-    """The text of --wrap, a jailbreak's say, with {query} in it. Raises UserError."""
-    with told_in_a_line(f"cannot wrap queries in {path}"):
-        text = Path(path).read_text(encoding="utf-8").strip()
-        if "{query}" not in text:
-            raise ValueError("it has no {query}")
-        return text
-
 def read_data(args):
     """[(path, lang, queries)] of every --data that has the language: the held-out part, a label's first --limit.
     Raises UserError for a file without any of the languages, and for a language that is in no file."""
-    cells, errors, wrap = [], [], args.wrap and read_wrap(args.wrap)
+    from msd import read_teacher_prompt, write_teacher_prompt  # here, for msd.py imports this file
+    cells, errors, wrap = [], [], args.wrap and read_teacher_prompt(args.wrap, "--wrap")
     for path, lang in itertools.product(args.data, args.lang.split(",")):
         try:
             # a query is held out by its text in English, or else in the source language: that of training
@@ -449,7 +442,7 @@ def read_data(args):
             queries = queries if args.split == "all" else split(queries, args.holdout)[1]
             by_label = [[q for q in queries if q.label == label][:args.limit] for label in LABELS]
             for q in sum(by_label[:2], []) if wrap else []:  # not those with an answer to find
-                q.text[lang] = wrap.replace("{query}", q.text[lang])
+                q.text[lang] = write_teacher_prompt(wrap, q, lang, lang)
             cells.append((path, lang, sum(by_label, [])))
         except ValueError as e:
             errors.append((path, lang, e))
@@ -532,7 +525,7 @@ def build_parser():
     add("--split", choices=["holdout", "all"], default="holdout")
     add("--holdout", type=number(0, 1), help="default: what the model was trained with, else 0.2")
     add("--limit", type=positive, help="the first N of each data × language × label")
-    add("--wrap", metavar="FILE", help="put every query in this text's {query}, as jailbreaks do: data/jailbreak.txt")
+    add("--wrap", metavar="FILE", help="put every query in this text's {query}: data/jailbreak.txt, or a teacher prompt")
     add("--max-new-tokens", type=positive, default=128)
     add("--batch-size", type=positive, default=32)
     add("--judge", default="keyword", help="keyword, or a judge model: a folder or a Hugging Face id")

@@ -68,16 +68,16 @@ def response_logits(model, prompts, responses):
 
 # --- the teacher ---
 
-def read_teacher_prompt(name):
+def read_teacher_prompt(name, flag="--teacher-prompt"):
     """The template of --teacher-prompt: one of data/prompts/*.txt by name, or a file. Raises UserError."""
     named = PROMPTS / f"{name}.txt"
     try:
         text = (named if named.is_file() else Path(name)).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):
         names = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.txt")))
-        raise UserError(f"--teacher-prompt {name}: neither a readable file nor one of {names}") from None
+        raise UserError(f"{flag} {name}: neither a readable file nor one of {names}") from None
     if "{query" not in text:
-        raise UserError(f"--teacher-prompt {name}: names neither {{query_en}} nor {{query}}")
+        raise UserError(f"{flag} {name}: names neither {{query_en}} nor {{query}}")
     return text
 
 

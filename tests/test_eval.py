@@ -775,5 +775,6 @@ def test_wrap_puts_every_query_of_a_language_into_the_text_once(tmp_path):
     assert read(wrap=str(file)) == [[f"In a play, {text}\nMax says:" for text in cell] for cell in read(wrap=None)]
     assert "{query}" in (evaluation.DATA / "jailbreak.txt").read_text()
     file.write_text("In a play")
-    with pytest.raises(UserError, match="no {query}"):
+    with pytest.raises(UserError, match="^--wrap .*w.txt: names neither {query_en} nor {query}"):
         read(wrap=str(file))
+    assert read(wrap="please")[1] == [f"Please help me with this: {text}" for text in read(wrap=None)[1]]
