@@ -432,8 +432,10 @@ def read_run(model):
 def read_data(args):
     """[(path, lang, queries)] of every --data that has the language: the held-out part, a label's first --limit.
     Raises UserError for a file without any of the languages, and for a language that is in no file."""
-    from msd import read_teacher_prompt, write_teacher_prompt  # here, for msd.py imports this file
-    cells, errors, wrap = [], [], args.wrap and read_teacher_prompt(args.wrap, "--wrap")
+    cells, errors, wrap = [], [], None
+    if args.wrap:
+        from msd import read_teacher_prompt, write_teacher_prompt  # here, for msd.py imports this file
+        wrap = read_teacher_prompt(args.wrap, "--wrap")
     for path, lang in itertools.product(args.data, args.lang.split(",")):
         try:
             # a query is held out by its text in English, or else in the source language: that of training
@@ -525,7 +527,7 @@ def build_parser():
     add("--split", choices=["holdout", "all"], default="holdout")
     add("--holdout", type=number(0, 1), help="default: what the model was trained with, else 0.2")
     add("--limit", type=positive, help="the first N of each data × language × label")
-    add("--wrap", metavar="FILE", help="put every query in this text's {query}: data/jailbreak.txt, or a teacher prompt")
+    add("--wrap", metavar="FILE", help="a text to put every query in: data/jailbreak.txt, or a teacher prompt")
     add("--max-new-tokens", type=positive, default=128)
     add("--batch-size", type=positive, default=32)
     add("--judge", default="keyword", help="keyword, or a judge model: a folder or a Hugging Face id")

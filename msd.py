@@ -69,7 +69,7 @@ def response_logits(model, prompts, responses):
 # --- the teacher ---
 
 def read_teacher_prompt(name, flag="--teacher-prompt"):
-    """The template of --teacher-prompt: one of data/prompts/*.txt by name, or a file. Raises UserError."""
+    """The template that `flag` gives: one of data/prompts/*.txt by name, or a file. Raises UserError."""
     named = PROMPTS / f"{name}.txt"
     try:
         text = (named if named.is_file() else Path(name)).read_text(encoding="utf-8").strip()
