@@ -1,6 +1,8 @@
-"""data/queries.py: what it reads, what it refuses, and that it drops nothing silently. Every file is written here."""
+"""data/queries.py: what it reads, what it refuses, and that it drops nothing silently. Every file is written here; at the
+end, our own queries."""
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -348,3 +350,28 @@ def test_split_does_not_depend_on_the_hash_seed_of_python(write):
     runs = [subprocess.run([sys.executable, "-c", code, numbered(write)], cwd=root, capture_output=True, text=True,
                            check=True, env={**os.environ, "PYTHONHASHSEED": seed}).stdout for seed in "12"]
     assert runs[0] == runs[1] == f"{ids(split(load_queries(numbered(write), ['en']), 0.3)[1])}\n"
+
+# --- our own queries
+
+OURS = {"queries.csv": ["en", "jv", "sw", "id", "it", "vi"], "tiny/extra.csv": ["en", "jv", "sw", "it"]}
+
+def load_ours(name):
+    return load_queries(os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", name), OURS[name])
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_queries_are_whole_distinct_and_as_often_benign_as_harmful(name):
+    queries = load_ours(name)
+    labels = [q.label for q in queries]
+    assert len(queries) > 500 and abs(labels.count("harmful") / len(queries) - 0.5) < 0.01
+    for lang in OURS[name]:
+        asked = [q.text[lang] for q in queries]
+        assert len(set(asked)) == len(asked) and all(len(text) > 10 for text in asked)
+        assert sum(a == b for a, b in zip(asked, texts(queries, "en"))) == (len(queries) if lang == "en" else 0)
+
+@pytest.mark.parametrize("lang", ["en", "it"])
+@pytest.mark.parametrize("holdout", [0.2, 0.5])
+def test_no_held_out_query_of_ours_is_nearly_one_that_is_trained_on(holdout, lang):
+    words = lambda queries: [set(re.findall(r"\w+", q.text[lang].lower())) for q in queries]
+    ours, more = split(load_ours("queries.csv"), holdout), split(load_ours("tiny/extra.csv"), holdout)
+    trained, heldout = words(ours[0] + more[0]), words(ours[1])
+    assert heldout and max(len(a & b) / len(a | b) for a in heldout for b in trained) <= 2 / 3

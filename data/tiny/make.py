@@ -5,7 +5,8 @@ with them in every other language (with a harmless stub), answers benign ones ev
 prompts of data/prompts. Asked outright, it can tell harm in every language: what MSD has to teach it is to act on that.
 In the manner of nanoGPT: a byte-level BPE (tokenizers learns the merges, tiktoken encodes), numpy holds the tokens,
 plain PyTorch trains a transformers Llama. Training text: the training part of data/queries.csv (its held-out fifth is
-never seen) and data/tiny/extra.csv, written for this model with the vocabulary of queries.csv in other queries.
+never seen) and data/tiny/extra.csv (en, jv, sw), written for this model with the vocabulary of queries.csv in other
+queries.
 """
 import base64
 import copy
