@@ -160,7 +160,8 @@ def load_training(args, path, langs):
 
 def drop_long(args, model, tokenizer, template, langs, queries):
     """The queries whose prompts fit the model's context beside a response; the others are counted. Raises UserError."""
-    room = find_context(model) - args.max_new_tokens - (args.cot_tokens + 16 if args.cot_tokens else 0)
+    room = find_context(model) - max(args.max_new_tokens, args.eval_max_new_tokens)
+    room -= args.cot_tokens + 16 if args.cot_tokens else 0
     short = [q for q in queries if all(len(encode_chat(tokenizer, text)) <= room for lang in langs for text in
                                        (q.text[lang], write_teacher_prompt(template, q, lang, args.source_lang)))]
     if len(short) < len(queries):
@@ -431,6 +432,7 @@ def main(args):
         raise UserError("--lang names no language")
     args.eval_lang = args.eval_lang if args.eval_lang is not None else "" if args.data else "sw"
     args.data, args.out = args.data or ["data/queries.csv"], args.out or f"out/{'-'.join(langs)}"
+    args.eval_max_new_tokens = args.eval_max_new_tokens or max(32, args.max_new_tokens)
     template, refusals = read_teacher_prompt(args.teacher_prompt), evaluation.load_refusals()
     queries = [query for path in args.data for query in load_training(args, path, langs)]
     device, dtype = find_device(args.device, args.dtype)
@@ -448,7 +450,7 @@ def main(args):
           f"trained on {len(pools[0])} harmful and {len(pools[1])} other queries in {', '.join(langs)}; "
           f"{args.policy}-policy, {args.teacher} teacher under '{args.teacher_prompt}'", flush=True)
 
-    judging = dict(refusals=refusals, max_new_tokens=args.max_new_tokens, batch_size=64)
+    judging = dict(refusals=refusals, max_new_tokens=args.eval_max_new_tokens, batch_size=64)
     before = Path(args.out, "before.json")
     if args.eval_every and not (args.resume and before.is_file()):
         for lang in langs if args.preflight else []:
@@ -457,10 +459,12 @@ def main(args):
 
     def show_table(step):
         rows, items = evaluate(student, tokenizer, heldout, langs, judging)
-        tests = evaluation.compare(rows, items, *json.loads(before.read_text()))
+        base = json.loads(before.read_text())
+        tests = evaluation.compare(rows, items, *base)
         evaluation.write(Path(args.out, f"after-{step}.json"), json.dumps((rows, items)))
         print(f"\nheld-out queries before (base) and after {step} steps")
-        print(evaluation.format_table(rows, tests), flush=True)
+        print(evaluation.format_table(rows, tests))
+        print(evaluation.format_selectivity(evaluation.measure_selectivity(rows, base[0])), end="", flush=True)
 
     interrupted = []  # Ctrl-C once: finish the step and save; twice: leave
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if interrupted else interrupted.append(True))
@@ -534,6 +538,7 @@ def build_parser():
     add("--eval-every", type=natural, default=10 ** 9, help="steps between evaluations; 0: none, and no preflight")
     add("--eval-lang", help="further languages to evaluate, never trained on (default: sw, where --data is our own)")
     add("--eval-limit", type=natural, default=0, help="first N held-out queries of each data, language, label; 0: all")
+    add("--eval-max-new-tokens", type=positive, help="of judged answers (default: --max-new-tokens, at least 32)")
     add("--preflight", type=natural, default=16, help="training queries of each label to try the teacher on first")
     return parser
 

@@ -452,7 +452,7 @@ def build_parser():
     add("--lang", help="of --query, as jv")
     add("--query-en", help="the query in English, for the teacher")
     add("--teacher", help="a model (default: --model)")
-    add("--teacher-prompt", default="cot", help="english, cot, cot-both, or a file")
+    add("--teacher-prompt", default="cot", help="a name in data/prompts, or a file")
     add("--from", dest="run", metavar="FILE", help="show a run's samples.jsonl")
     add("--html", metavar="FILE", help="show it as a page")
     return parser

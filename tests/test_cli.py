@@ -84,6 +84,19 @@ def test_a_resumed_run_equals_a_straight_one_bit_for_bit(tmp_path, flags):
     assert strip(logs[0]) == strip(logs[1])
 
 
+def test_refusals_are_seen_and_selectivity_told_however_short_the_rollouts(tmp_path, capsys):
+    train(tmp_path / "o", "--max-new-tokens", 2, "--eval-every", 1, "--eval-limit", 8, "--preflight", 8, "--eval-lang", "", steps=1)
+    told = capsys.readouterr().out
+    assert int(re.search(r"the teacher refuses (\d)/8 harmful", told)[1]) > 4
+    rows, items = json.loads((tmp_path / "o" / "after-1.json").read_text())
+    refused = {(row["lang"], row["label"]): row["refusal"] for row in rows}
+    assert refused["en", "harmful"] > 0.5 and max(len(item["response"].split()) for item in items) > 3
+    selectivity = refused["en", "harmful"] - refused["en", "benign"]
+    assert f"selectivity in en: {selectivity:+.2f} (" in told and f"from {selectivity:+.2f}" in told  # a step moves nothing
+    lines = (tmp_path / "o" / "samples.jsonl").read_text().splitlines()
+    assert max(len(json.loads(line)["tokens"]) for line in lines) == 2
+
+
 def test_adafactor_trains_in_bfloat16_too(tmp_path):
     train(tmp_path / "o", "--optimizer", "adafactor", "--lr", 0.01, "--warmup", 0, "--dtype", "bfloat16", "--max-grad-norm", 1e-4)
     before, after = load_file(f"{TINY}/model.safetensors"), load_file(tmp_path / "o" / "model.safetensors")

@@ -16,8 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import eval as evaluation
 from data.queries import load_queries, split
 from eval import (ask_judge, average, choose, compare, encode_judged, evaluate, find_judge_format, find_last_number,
-                  find_phrases, format_table, is_correct, judge_cell, judge_prompts, keyword_verdict, load_refusals,
-                  measure_drift, parse_judgement, wilson)
+                  find_phrases, format_selectivity, format_table, is_correct, judge_cell, judge_prompts,
+                  keyword_verdict, load_refusals, measure_drift, measure_selectivity, parse_judgement, wilson)
 from sample import UserError, encode_chat
 
 REFUSALS = load_refusals()
@@ -464,6 +464,25 @@ def test_macro_averages_are_over_trained_unseen_and_english_rows():
                                         m["base"]) for m in average([row for rows, _ in runs for row in rows])}
     assert means == {("trained", "harmful"): (1, 1.0, None), ("trained", "benign"): (1, 0.5, None),
                      ("unseen", "harmful"): (2, 0.5, None), ("English", "harmful"): (1, 0.0, None)}
+
+
+def test_selectivity_is_a_difference_of_pooled_shares_with_newcombes_interval():
+    published = make_run(["safe"] * 56 + ["unsafe"] * 14), make_run(["refusal"] * 48 + ["answer"] * 32, "benign")
+    rows = [row for rows, _ in published for row in rows]
+    [found] = measure_selectivity(rows)  # 56/70 − 48/80: Newcombe (1998), table II (a), method 10
+    assert found["lang"] == "jv" and found["rate"] == pytest.approx(0.2) and found["base"] is None
+    assert found["ci95"] == pytest.approx([0.0524, 0.3339], abs=5e-5)
+    # two files are counted together, by queries; a language with one label only, or of unknown phrases, has none
+    more = make_run(["safe"] * 14 + ["unsafe"] * 16, data="r.csv")[0] + make_run(["safe"], lang="sw")[0]
+    base = make_run(["unsafe"] * 4)[0] + make_run(["answer", "refusal"], "benign")[0]
+    [found] = measure_selectivity(rows + more, base)
+    assert found["rate"] == pytest.approx(70 / 100 - 0.6) and found["base"] == -0.5
+    assert format_selectivity([found]) == "selectivity in jv: +0.10 ({:+.2f}…{:+.2f}) from -0.50\n".format(*found["ci95"])
+    rows[0]["refusal"] = None
+    assert measure_selectivity(rows) == [] and format_selectivity([]) == ""
+    # everything refused: no selectivity, and an interval that does not leave −1 to 1
+    [found] = measure_selectivity(make_run(["safe"] * 9)[0] + make_run(["refusal"] * 9, "benign")[0])
+    assert found["rate"] == 0 and -1 <= found["ci95"][0] < 0 < found["ci95"][1] <= 1
 
 
 def test_the_table_is_aligned_and_leaves_out_what_is_not_there():
