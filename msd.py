@@ -159,7 +159,8 @@ def load_training(args, path, langs):
 
 
 def drop_long(args, model, tokenizer, template, langs, queries):
-    """The queries whose prompts fit the model's context beside a response; the others are counted. Raises UserError."""
+    """The queries whose prompts fit the model's context beside a response, trained on or judged; the others are
+    counted. Raises UserError."""
     room = find_context(model) - max(args.max_new_tokens, args.eval_max_new_tokens)
     room -= args.cot_tokens + 16 if args.cot_tokens else 0
     short = [q for q in queries if all(len(encode_chat(tokenizer, text)) <= room for lang in langs for text in
@@ -167,7 +168,8 @@ def drop_long(args, model, tokenizer, template, langs, queries):
     if len(short) < len(queries):
         print(f"note: {len(queries) - len(short)} queries do not fit the model's context: skipped", file=sys.stderr)
     if not short:
-        raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or give more --data")
+        raise UserError("no query is left to train on: lower --holdout, --max-new-tokens or --eval-max-new-tokens, or "
+                        "give more --data")
     return short
 
 
@@ -240,7 +242,7 @@ def prepare_out(args):
                 raise UserError(f"--resume: there is no checkpoint in {out}")
             before = json.loads(Path(out, "args.json").read_text())
             if changed := [f"--{k.replace('_', '-')} {before.get(k)} -> {now[k]}" for k in now
-                           if k not in MAY_CHANGE and before.get(k) != now[k]]:
+                           if k not in MAY_CHANGE and before.get(k, now[k]) != now[k]]:
                 raise UserError(f"--resume with other flags than {out}/args.json: {'; '.join(changed)}")
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             if not args.overwrite:

@@ -370,7 +370,7 @@ def test_our_queries_are_whole_distinct_and_as_often_benign_as_harmful(name):
 
 @pytest.mark.parametrize("lang", ["en", "it"])
 @pytest.mark.parametrize("holdout", [0.2, 0.5])
-def test_no_held_out_query_of_ours_is_nearly_one_that_is_trained_on(holdout, lang):
+def test_no_held_out_query_of_queries_csv_is_nearly_one_that_is_trained_on(holdout, lang):
     words = lambda queries: [set(re.findall(r"\w+", q.text[lang].lower())) for q in queries]
     ours, more = split(load_ours("queries.csv"), holdout), split(load_ours("tiny/extra.csv"), holdout)
     trained, heldout = words(ours[0] + more[0]), words(ours[1])
