@@ -241,8 +241,8 @@ def prepare_out(args):
             if not Path(out, "checkpoint.pt").is_file():
                 raise UserError(f"--resume: there is no checkpoint in {out}")
             before = json.loads(Path(out, "args.json").read_text())
-            if changed := [f"--{k.replace('_', '-')} {before.get(k)} -> {now[k]}" for k in now
-                           if k not in MAY_CHANGE and before.get(k, now[k]) != now[k]]:
+            if changed := [f"--{k.replace('_', '-')} {before[k]} -> {now[k]}" for k in now
+                           if k in before and k not in MAY_CHANGE and before[k] != now[k]]:
                 raise UserError(f"--resume with other flags than {out}/args.json: {'; '.join(changed)}")
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             if not args.overwrite:
