@@ -7,6 +7,7 @@ transfer: the untrained model on the same held-out queries in the source languag
 Runs that lie in --out are not run again.
 """
 import argparse
+import importlib.util
 import itertools
 import json
 import subprocess
@@ -66,6 +67,8 @@ def main():
     parser.add_argument("--plot", metavar="FILE")
     parser.add_argument("--out", default="out/selectivity")
     args, rest = parser.parse_known_args()
+    if args.plot and not importlib.util.find_spec("matplotlib"):  # better told now than after the first run
+        parser.error("to draw --plot, pip install matplotlib")
     args.shown, curves = (args.lang.split(",")[0], "en"), {}
     names = [f"{what} {lang}" for lang in args.shown for what in ("harmful", "benign", "selectivity")]
     print("| divergence, weights | step |", " | ".join(names), "|\n|" + " --- |" * 8)
