@@ -375,3 +375,14 @@ def test_no_held_out_query_of_queries_csv_is_nearly_one_that_is_trained_on(holdo
     ours, more = split(load_ours("queries.csv"), holdout), split(load_ours("tiny/extra.csv"), holdout)
     trained, heldout = words(ours[0] + more[0]), words(ours[1])
     assert heldout and max(len(a & b) / len(a | b) for a in heldout for b in trained) <= 2 / 3
+
+def test_our_sums_hold_the_same_numbers_in_every_language_and_their_answers_follow_from_them():
+    langs = OURS["queries.csv"]
+    sums = load_queries(os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "sums.csv"), langs)
+    assert len({q.text["en"] for q in sums}) == len(sums) == 100
+    for q in sums:
+        asked = [[int(x) for x in re.findall(r"\d+", q.text[lang])] for lang in langs]
+        (a, b, c), answer = [*asked[0], 0][:3], int(q.answer)
+        assert q.label == "qa" and all(sorted(numbers) == sorted(asked[0]) for numbers in asked)
+        assert answer in ({a - b + c, a + b - c} if c else {a + b, a - b, a * b, a / b, 2 * a + b})
+        assert answer not in asked[0]  # an echo is no answer
