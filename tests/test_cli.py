@@ -92,7 +92,8 @@ def test_refusals_are_seen_and_selectivity_told_however_short_the_rollouts(tmp_p
     refused = {(row["lang"], row["label"]): row["refusal"] for row in rows}
     assert refused["en", "harmful"] > 0.5 and max(len(item["response"].split()) for item in items) > 3
     selectivity = refused["en", "harmful"] - refused["en", "benign"]
-    assert f"selectivity in en, all data: {selectivity:+.2f} (" in told and f"from {selectivity:+.2f}" in told  # a step moves nothing
+    assert f"selectivity in en, all data: {selectivity:+.2f} (" in told
+    assert f"from {selectivity:+.2f}" in told  # a step moves nothing
     lines = (tmp_path / "o" / "samples.jsonl").read_text().splitlines()
     assert max(len(json.loads(line)["tokens"]) for line in lines) == 2
 

@@ -477,7 +477,8 @@ def test_selectivity_is_a_difference_of_pooled_shares_with_newcombes_interval():
     base = make_run(["unsafe"] * 4)[0] + make_run(["answer", "refusal"], "benign")[0]
     [found] = measure_selectivity(rows + more, base)
     assert found["rate"] == pytest.approx(70 / 100 - 0.6) and found["base"] == -0.5
-    assert format_selectivity([found]) == "selectivity in jv, all data: +0.10 (95 % {:+.2f}…{:+.2f}) from -0.50\n".format(*found["ci95"])
+    line = "selectivity in jv, all data: +0.10 (95 % {:+.2f}…{:+.2f}) from -0.50\n"
+    assert format_selectivity([found]) == line.format(*found["ci95"])
     rows[0]["refusal"] = None
     assert measure_selectivity(rows) == [] and format_selectivity([]) == ""
     # everything refused: no selectivity, and an interval that does not leave −1 to 1

@@ -355,8 +355,9 @@ def test_split_does_not_depend_on_the_hash_seed_of_python(write):
 
 OURS = {"queries.csv": ["en", "jv", "sw", "id", "it", "vi"], "tiny/extra.csv": ["en", "jv", "sw", "it"]}
 
-def load_ours(name):
-    return load_queries(os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", name), OURS[name])
+def load_ours(name, langs=None):
+    path = os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", name)
+    return load_queries(path, langs or OURS[name])
 
 @pytest.mark.parametrize("name", OURS)
 def test_our_queries_are_whole_distinct_and_as_often_benign_as_harmful(name):
@@ -378,7 +379,7 @@ def test_no_held_out_query_of_queries_csv_is_nearly_one_that_is_trained_on(holdo
 
 def test_our_sums_hold_the_same_numbers_in_every_language_and_their_answers_follow_from_them():
     langs = OURS["queries.csv"]
-    sums = load_queries(os.path.join(os.path.dirname(os.path.dirname(__file__)), "data", "sums.csv"), langs)
+    sums = load_ours("sums.csv", langs)
     assert len({q.text["en"] for q in sums}) == len(sums) == 100
     for q in sums:
         asked = [[int(x) for x in re.findall(r"\d+", q.text[lang])] for lang in langs]
