@@ -3,208 +3,422 @@
     queries = load_queries("data/queries.csv", ["en", "jv"])
     train, heldout = split(queries, 0.2)
 
-A path is one file with a column per language (CSV, TSV, JSONL, a JSON array or {"safety": [...]}), or names a file per
-language, "en=a.jsonl,bbc=b.jsonl", joined on `id` ({"safety": ...} and MGSM's header-less TSV: by position).
-English is the column en|prompt|instruction|goal, another language <lang>|prompt_<lang>; in a file that was named for
-its language also prompt|instruction|goal. A cell is a string or a chat list, of which the first human turn is taken.
-A column `id` may be row ids or Indonesian. It is Indonesian if any value has a space in it, or if `id` is asked for as
-a language and some value has no digit. Else, and beside a column `prompt_id`, and where files are joined: row ids.
+A path is a file, or names a file per language: "en=a.jsonl,bbc=b.jsonl". A file is CSV (also with
+semicolons), TSV, JSONL, a JSON array, {"safety": [...]}, question<TAB>answer or a query a line.
+- Wide: a column per language, <lang>, prompt_<lang> or its name; English also ALIASES.
+- Long: a row per language, which a column `language` or `lang` names.
+- Named for its language: also one of ALIASES, a translated column, or the only one.
+A text's language is never guessed.
 """
 import csv
+import functools
 import hashlib
 import io
 import json
 import os
 import re
 import sys
-from collections import Counter
-from dataclasses import dataclass
+from collections import ChainMap, Counter
+from dataclasses import dataclass, field
+from itertools import chain
 
-BARE = "(no column name)"  # the column of texts that have none: of {"safety": ["...", ...]} and header-less files
+ALIASES = ["prompt", "instruction", "goal"]
+BARE = "(no column name)"  # the column of texts that have none
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LINES = "\x1f"             # the delimiter of a file without one
+LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>qa)"
+JSON = r'\s*[{[]\s*["{[]'  # how it begins
+QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
+CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
+CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
+NO_TEXT = "label|expected_behavior|answer|choices|.*id"
+TOLD = set()
+
+with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
+    CODES = {name.lower(): code for code, name in json.load(f).items()}
+
 
 @dataclass
 class Query:
-    id: str             # from the column `id`, else the row's number, from 1
-    label: str          # harmful | benign | qa
+    id: str             # the file's own, else the row's number, from 1
+    label: str          # harmful | benign | qa | mixed
     text: dict          # language -> query
-    extra: dict         # every other column of the row, as it was read: topic, choices, ...
-    answer: str = None  # of qa rows
-    key: str = ""       # what split() hashes: the English text, asked for or not, else the first text
+    extra: dict         # every column of the row, by its name in lower case
+    answer: str = None  # of qa rows; a letter where there are choices
+    choices: list = field(default_factory=list)
+    key: str = ""       # what split() hashes: the English text, asked for or not, or the first
 
-def one_line(text, limit=400):
-    """Any text as one printable line of about `limit` characters at most: what is too long loses its middle."""
-    text = "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
-    return text if len(text) <= limit else text[:limit // 2] + "…" + text[-(limit // 2):]
+
+def load_queries(path, langs, label=None):
+    """Parallel queries -> list of Query, each with a text in every one of `langs`.
+
+    path: a file, or "en=FILE,jv=FILE". label: harmful | benign | mixed | qa, of data without
+    a label column; None is harmful. ValueError, of one line, for what cannot be read.
+    stderr gets how many rows were read, used and skipped, and why.
+    """
+    path = os.fspath(path)
+    langs = [lang.strip() for lang in langs if lang.strip()]
+    if not langs or label not in (None, "harmful", "benign", "mixed", "qa"):
+        raise ValueError("give a language or more, and a label that is harmful, benign, mixed or "
+                         f"qa: not {langs} and {str(label)[:60]!r}")
+    rows = read_parallel(path, langs)
+    columns = find_columns(rows)
+    texts = {lang: find_own(columns, lang) for lang in [*langs, "en"]}
+    texts["en"] = texts["en"] or next((name for name in ALIASES if name in columns), None)
+    for lang in langs:
+        if not texts[lang]:
+            raise fail(path, f"no column for language {lang}: found {', '.join(columns)[:150]}; "
+                             f"a file that is all {lang} is given as {lang}=FILE")
+    label_column = "label" if "label" in columns else "expected_behavior"
+    if label_column not in columns:
+        label_column = None
+        label = label or assume_label(path, rows, columns)
+
+    queries = []
+    skipped = Counter()
+    for n, row in enumerate(rows, 1):
+        try:
+            row_label = read_label(row, label_column) if label_column else label
+            queries.append(read_query(row, n, langs, texts, row_label))
+        except (RecursionError, TypeError, ValueError) as reason:
+            skipped[str(reason)[:80]] += 1
+    settle_answers(path, [query for query in queries if query.choices])
+
+    counts = f"{len(rows)} rows read, {len(queries)} used, {skipped.total()} skipped"
+    if skipped:
+        counts += f" ({', '.join(f'{n} {reason}' for reason, n in skipped.most_common())})"
+    if not queries:
+        raise fail(path, f"no usable row: {counts}")
+    tell(path, counts)
+    return queries
+
+
+def split(queries, holdout):
+    """-> (train, heldout): a share `holdout` (0 to 1) by a hash of the English text."""
+    if not 0 <= holdout <= 1:
+        raise ValueError(f"holdout must be a fraction from 0 to 1, not {holdout}")
+    parts = [], []
+    for query in queries:
+        words = (query.key or next(iter(query.text.values()))).split()
+        digest = hashlib.sha256(b"queries" + " ".join(words).encode()).digest()
+        is_heldout = int.from_bytes(digest[:6], "big") / 2**48 < holdout
+        parts[is_heldout].append(query)
+    return parts
+
+
+# --- what is told
+
+def one_line(text):
+    """Any text as one printable line of at most 400 characters."""
+    return "".join(c if c.isprintable() else " " for c in text[:400])
+
 
 def fail(path, problem):
     """The ValueError for a file, its message one bounded line."""
-    return ValueError(one_line(f"{one_line(path, 120)}: {problem}"))
+    return ValueError(one_line(f"{path[-120:]}: {problem}"))
 
-# --- file -> rows (dicts)
 
-def read_json(text, by_line):
-    """JSONL, a JSON array or {"safety": [...]} -> (rows, whether it was the last of these)."""
-    rows = []  # not splitlines(), which also splits at U+2028 inside a string
-    for n, part in enumerate(text.split("\n") if by_line else [text], 1):
-        try:
-            rows += [json.loads(part)] if part.strip() else []
-            json.dumps(rows[-1:], ensure_ascii=False).encode()  # raises on lone surrogates: JSON can spell them
-        except (RecursionError, ValueError) as e:
-            raise ValueError(f"line {n - 1 + getattr(e, 'lineno', 1)}: broken JSON: {getattr(e, 'msg', e)}") from None
-    rows = rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows
-    safety = len(rows) == 1 and isinstance(rows[0], dict) and isinstance(rows[0].get("safety"), list)
-    if safety:
-        rows = [{BARE: row} if isinstance(row, (str, list)) else row for row in rows[0]["safety"]]
-    for n, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"row {n} is no JSON object but {one_line(json.dumps(row), 40)}")
-    return rows, safety
+def tell(path, what):
+    """A line on stderr, once in a process: a file is loaded for one language after another."""
+    line = str(fail(path, what))
+    if line not in TOLD:
+        print(line, file=sys.stderr)
+    TOLD.add(line)
 
-def read_table(text, delimiter, header=None):
-    """CSV or TSV -> rows. A file without a header is given one, and quotes in it mean nothing."""
-    csv.field_size_limit(max(csv.field_size_limit(), 1 << 22))  # 128 KiB otherwise: less than a long document
-    quoting = csv.QUOTE_NONE if header else csv.QUOTE_MINIMAL
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, strict=True)
+
+# --- a file -> rows: {column: cell}
+
+@functools.lru_cache(maxsize=16)
+def parse_file(path, modified, size):
+    """A file of any format -> rows, which nobody changes."""
+    with open(path, encoding="utf-8-sig", newline="") as f:
+        text = f.read().rstrip("\r\n")
+    if "\0" in text:
+        raise ValueError("holds NUL bytes")
+    ending = os.path.splitext(path)[1].lower()
+    is_json = "json" in ending or re.match(JSON, text)
+    rows = parse_json(text) if is_json else parse_table(text, ending)
+    if not rows:
+        raise ValueError("is empty, or has no rows")
+    return rows
+
+
+def parse_json(text):
+    """JSONL, a JSON array or {"safety": [...]} -> rows."""
     try:
-        lines = [(reader.line_num, cells) for cells in reader if cells]
+        rows = json.loads(text)
+    except json.JSONDecodeError as e:
+        if e.msg != "Extra data":
+            raise
+        rows = json.loads("[" + re.sub(r"\n\s*(?=\S)", r"\g<0>,", text) + "]")  # JSONL
+
+    if isinstance(rows, dict):
+        rows = rows.get("safety", rows)
+    if not isinstance(rows, list):
+        rows = [rows]
+    return [row if isinstance(row, dict) else {BARE: row} for row in rows]
+
+
+def parse_table(text, ending):
+    """CSV, TSV or a query a line -> rows."""
+    first = text.strip("\r\n").split("\n")[0].rstrip("\r")
+    header = re.fullmatch(r'[\w"-]+(?:([\t,;])[\w"-]+)+', first)
+    usual = {".csv": ",", ".tsv": "\t"}.get(ending, "\t" if "\t" in first else LINES)
+    delimiter = header[1] if header else usual
+    is_qa = delimiter == "\t" and re.fullmatch(QUESTION_AND_ANSWER, first)
+    quoting = csv.QUOTE_NONE if is_qa or delimiter == LINES else csv.QUOTE_MINIMAL
+    csv.field_size_limit(1 << 22)  # 128 KiB otherwise: less than a long document
+    file = io.StringIO(text, newline="")
+    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+    try:
+        lines = list(reader)
     except csv.Error as e:
-        raise ValueError(f"line {reader.line_num}: {e} (check the quotes there and before)") from None
-    header = header or [cell.strip() for cell in lines.pop(0)[1]]
-    if twice := [name for name, count in Counter(header).items() if count > 1]:
-        raise ValueError(f"duplicate column {one_line(repr(twice[0]), 60)} in the header")
-    for line, cells in lines:
-        if len(cells) != len(header):
-            raise ValueError(f"line {line}: {len(cells)} cells instead of {len(header)} (check its quotes)")
-    return [dict(zip(header, cells)) for _, cells in lines]
+        raise ValueError(f"line {reader.line_num}: {e}; check the quotes there and before") from e
 
-def read_rows(path):
-    """A file of any format -> (rows, whether they are known by position rather than by `id`)."""
+    if not any(any(cells[1:]) for cells in lines):
+        return [{BARE: "".join(cells)} for cells in lines]  # blank ones keep their place
+    lines = [cells for cells in lines if cells]
+    columns = [BARE, "answer"] if is_qa else lines.pop(0)
+    if len(set(map(str.lower, columns))) < len(columns):
+        raise ValueError("has a duplicate column")
+    for n, cells in enumerate(lines, 1):
+        if len(cells) != len(columns):
+            raise ValueError(f"row {n} has {len(cells)} cells instead of {len(columns)}")
+    rows = [dict(zip(columns, cells)) for cells in lines]
+    return [{**row, "label": "qa"} for row in rows] if is_qa else rows
+
+
+# --- rows of any shape -> wide rows
+
+def read_parallel(path, langs):
+    """A file, or a file per language -> wide rows."""
+    first, *named = re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
+    if first or os.path.exists(path):
+        return read_file(path, langs)
+    files = dict(zip(named[::2], named[1::2]))
+    if not set(langs) <= set(files) or 2 * len(files) < len(named):
+        raise fail(path, f"name one file for each of {', '.join(langs)}, and none twice")
+
+    parts = [read_file(file, [lang], is_named=True) for lang, file in files.items()]
+    keys = find_keys(["id"], parts)
+    have_ids = all(find_keys(["id"], [part]) for part in parts)
+    counts = [len(part) for part in parts]
+    if not keys and (have_ids or len(set(counts)) > 1):
+        raise fail(path, f"unmatched: {counts} rows; give each an id that is once in every file")
+    if len(parts) > 1:
+        tell(path, f"joined {'on id' if keys else 'by position'}")
+    return join(parts, keys)
+
+
+def read_file(path, langs, is_named=False):
+    """A file -> wide rows, where a column EN holds English for certain.
+
+    is_named: the file was named for its language, langs[0].
+    """
     try:
-        with open(os.path.expanduser(path), encoding="utf-8-sig", newline="") as f:
-            text, ext = f.read(), os.path.splitext(path)[1].lower()
-        if "\0" in text or not text.strip():
-            raise ValueError("holds NUL bytes" if "\0" in text else "is empty")
-        lines = [line.strip("\r ") for line in text.split("\n") if line.strip()]
-        if ext in (".json", ".jsonl", ".ndjson") or (ext not in (".csv", ".tsv") and lines[0][0] in "{["):
-            by_line = ext in (".jsonl", ".ndjson") or (len(lines) > 1 and lines[0][-1] == "}")
-            rows, positional = read_json(text, by_line and lines[0][0] != "[")
-        else:  # header-less question<TAB>answer: no column's name ends like a sentence, or starts with a digit
-            tab = ext == ".tsv" or ("\t" in lines[0] and "," not in lines[0])
-            positional = tab and bool(re.fullmatch(r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*", lines[0]))
-            rows = read_table(text, "\t" if tab else ",", [BARE, "answer"] if positional else None)
-            rows = [{**row, "label": "qa"} for row in rows] if positional else rows
-        if not rows:
-            raise ValueError("has no rows")
-    except (OSError, ValueError) as e:
-        raise fail(path, f"{getattr(e, 'strerror', None) or e}; give UTF-8 CSV, TSV, JSONL or JSON queries") from None
-    return rows, positional
+        file = os.path.expanduser(path)
+        found = os.stat(file)
+        rows = parse_file(file, found.st_mtime_ns, found.st_size)
+    except (OSError, RecursionError, ValueError) as e:
+        problem = getattr(e, "strerror", None) or e
+        raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
+    if find_columns(rows) == [BARE]:
+        rows = read_header(path, rows, langs)
+    rows = [{name.strip().lower(): cell for name, cell in row.items()} for row in rows]
 
-# --- rows -> records: (row id, cell of each language, every other column)
+    columns = find_columns(rows)
+    language = "language" if "language" in columns else "lang"
+    if language in columns and not all(find_own(columns, lang) for lang in langs):
+        return widen(path, rows, columns, langs, language)
+    if is_named or len(langs) == 1 and BARE in columns:
+        move(rows, find_text(path, columns, langs[0]), langs[0])
+    elif not find_own(columns, "id"):
+        ids = "".join(clean(row.get("id")) for row in rows)
+        if re.search(r"\s", ids) or "id" in langs and re.fullmatch(r"\D+", ids):
+            move(rows, "id", "id")  # Indonesian, not row ids
+    return rows
 
-def read_records(path, langs, joined=False):
-    """One file -> (records, by position or not). `joined`: the file was named for its language, langs[0]."""
-    rows, positional = read_rows(path)
-    found = dict.fromkeys(name for row in rows for name in row)
-    ids = ["" if row.get("id") is None else str(row["id"]).strip() for row in rows]
-    indonesian = not joined and "prompt_id" not in found and any(
-        re.search(r"\s", i) or ("id" in langs and re.fullmatch(r"\D+", i)) for i in ids)
-    names = {}
-    for lang in langs if joined else [*langs, "en"]:  # English also where it is not asked for: split() goes by it
-        names[lang] = [f"prompt_{lang}"] if lang == "id" and not indonesian else [lang, f"prompt_{lang}"]
-        names[lang] += ["prompt", "instruction", "goal"] * (joined or lang == "en")
-    for lang in langs:
-        if not {*names[lang], *[BARE] * (len(langs) == 1)} & set(found):  # BARE: in one language only
-            raise fail(path, f"no column for language {lang}: wanted {' or '.join(names[lang])}, found "
-                             f"{one_line(', '.join(found), 150)}; a file that is all {lang} is given as {lang}=FILE")
-    names[langs[0]].append(BARE)
-    return [("" if indonesian else i, {lang: next((row.pop(name) for name in names[lang] if name in row), None)
-                                       for lang in names}, row) for i, row in zip(ids, rows)], positional
 
-def join_files(files):
-    """{language: path} -> records, joined on `id` or by position. ValueError on unmatched or duplicate ids."""
-    merged, one = {}, one_line(next(iter(files.values())), 120)
-    for lang, path in files.items():
-        records, positional = read_records(path, [lang], joined=True)
-        keys = [n if positional else i for n, (i, _, _) in enumerate(records, 1)]
-        if bad := [key for key, count in Counter(keys).items() if count > 1 or key == ""]:
-            raise fail(path, f"{'duplicate' if bad[0] else 'missing'} id {one_line(bad[0], 40)}; files are joined on a "
-                             "column id, so give every row its own")
-        if merged and (odd := sorted(merged.keys() ^ set(keys), key=str)):
-            raise fail(path, f"unmatched with {one} at {'position' if positional else 'id'} {one_line(odd[0], 40)} "
-                             f"({len(keys)} rows against {len(merged)}); give both files the same rows")
-        for key, (i, cells, extra) in zip(keys, records):
-            _, all_cells, all_extra = merged.setdefault(key, (i, {}, {}))
-            all_cells.update(cells)
-            all_extra.update({**extra, **all_extra})  # a column of both files: the first file's stays
-    return list(merged.values())
+def move(rows, column, lang):
+    """A column's cells to where a language's texts are."""
+    for row in rows:
+        row[lang.upper()] = row.pop(column, row.get(BARE))
 
-# --- records -> queries
+
+def read_header(path, rows, langs):
+    """Rows of one column: its first cell is its name, or it has none."""
+    first = clean(rows[0][BARE])
+    is_name = read_code(first) in {*ALIASES, *CODES.values(), *langs}
+    taken = "the column's name" if is_name else "a query"
+    tell(path, f"its first line, {first[:60]!r}, is taken for {taken}")
+    return [{first: row[BARE]} for row in rows[1:]] if is_name else rows
+
+
+def widen(path, rows, columns, langs, language):
+    """A row per language -> a row for all, joined on the one id that they share."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(read_code(clean(row.get(language))), []).append(row)
+    counts = str({lang: len(group) for lang, group in groups.items()})[:150]
+    tell(path, f"rows by {language}: {counts}")
+    if not set(langs) <= set(groups):
+        raise fail(path, f"not all of {langs} are in its column {language}, which holds {counts}")
+
+    parts = []
+    for lang, group in groups.items():
+        if lang in (*langs, "en"):  # split() goes by English
+            move(group, find_text(path, columns, lang, "translated"), lang)
+            parts.append(group)
+    keys = find_keys([name for name in columns if name.endswith("id")], parts)
+    if len(keys) == 1:
+        return join(parts, keys)
+    if len(langs) > 1:
+        raise fail(path, "its rows are joined on the one column ending in id that is unique in "
+                         f"each language and the same in all: that is true of {keys}")
+    return groups[langs[0]]
+
+
+def find_keys(columns, parts):
+    """The columns that have the same values in every part, and no value twice."""
+    keys = []
+    for column in columns:
+        first, *others = [sorted(clean(row.get(column)) for row in part) for part in parts]
+        is_unique = "" not in first and len(set(first)) == len(first)
+        if is_unique and all(other == first for other in others):
+            keys.append(column)
+    return keys
+
+
+def join(parts, keys):
+    """Rows of several parts, by keys[0] or else by position. The first part's cells stay."""
+    tables = []
+    for part in parts:
+        tables.append({clean(row[keys[0]]) if keys else n: row for n, row in enumerate(part)})
+    return [dict(ChainMap(*(table[key] for table in tables))) for key in tables[0]]
+
+
+# --- columns
+
+def find_columns(rows):
+    """The columns of rows, in order."""
+    return list(dict.fromkeys(chain(*rows)))
+
+
+def read_code(name):
+    """The language that a column or a language's name is of, if it is of one."""
+    name = name.strip().lower().removeprefix("prompt_")
+    return CODES.get(name, name)
+
+
+def find_own(columns, lang):
+    """The column that names its language, or None. `id` is of row ids."""
+    own = [name for name in sorted(columns) if name != "id" and read_code(name) == lang.lower()]
+    return min(own, key=len, default=None)
+
+
+def find_text(path, columns, lang, hint="translat"):
+    """The column of texts where the language is known."""
+    own = find_own(columns, lang)
+    translated = [name for name in columns if "translated" in name]
+    if own or len(translated) == 1 and lang != "en":
+        return own or translated[0]
+    found = [name for name in columns if name in ALIASES or hint in name]
+    if not found:
+        found = [name for name in columns if not re.fullmatch(NO_TEXT, name)
+                 and read_code(name) not in CODES.values()]
+    if len(found) != 1 and columns != ["id"]:
+        names = ", ".join(found or columns)[:150]
+        raise fail(path, f"no column, or more than one, may be {lang}: {names}; call it {lang}")
+    return (found or columns)[0]
+
+
+def clean(value):
+    """A cell as text, "" for None."""
+    return "" if value is None else str(value).strip()
+
+
+# --- wide rows -> queries
+
+def read_query(row, n, langs, texts, label):
+    """A row -> Query. ValueError with the reason if there is none in it."""
+    cells = {lang: read_cell(row.get(column)) for lang, column in texts.items()}
+    missing = [lang for lang in langs if not cells[lang]]
+    if missing:
+        raise ValueError(f"without a text in {' and '.join(missing)}")
+    text = {lang: cells[lang] for lang in langs}
+    query = Query(clean(row.get("id")) or str(n), label, text, row)
+    query.key = cells["en"] or cells[langs[0]]
+    if label == "qa":
+        query.answer = clean(row.get("answer"))
+        query.choices = read_choices(row)
+        if not query.answer:
+            raise ValueError("qa without an answer")
+    json.dumps(vars(query), ensure_ascii=False).encode()  # raises on lone surrogates
+    return query
+
 
 def read_cell(cell):
-    """The text of a cell, a string or a chat list (its first human turn): "" where blank, None where unreadable."""
-    try:
-        if isinstance(cell, str) and re.match(r"""\s*\[\s*\{.*['"](from|role)['"]\s*:""", cell, re.S):  # as CSV has it
-            cell = json.loads(cell)
-            json.dumps(cell, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        return None
+    """The text of a cell: a string, or a chat list's first human turn; "" if there is none."""
+    if isinstance(cell, str) and re.match(CHAT, cell, re.S):
+        cell = json.loads(cell)
     if isinstance(cell, list):
-        turns = [t for t in cell if isinstance(t, dict) and t.get("from", t.get("role")) in ("human", "user")]
-        cell = turns[0].get("value", turns[0].get("content")) if turns else 0
-    return (cell if cell.strip() else "") if isinstance(cell, str) else None
+        turns = [turn for turn in cell if isinstance(turn, dict)
+                 and turn.get("from", turn.get("role")) in ("human", "user")]
+        cell = turns and turns[0].get("value", turns[0].get("content"))
+    return cell if isinstance(cell, str) and cell.strip() else ""
 
-def read_label(value):
-    """harmful | benign | qa for a value of a label column, None for a value that is none of ours."""
-    labels = {"benign": "safe.*|benign", "harmful": "unsafe|harmful|refuse.*", "qa": "qa"}
-    return next((label for label in labels if re.fullmatch(labels[label], str(value).strip().lower(), re.S)), None)
 
-def load_queries(path, langs, label=None):
-    """Parallel queries -> list of Query, each with a text in every one of `langs`. ValueError if that cannot be had.
-    path: a file, or "en=FILE,jv=FILE". label: of data without a label column; None is harmful.
-    stderr gets a line per file: how many rows were read, used and skipped, and why."""
-    path, default = os.fspath(path), read_label("harmful" if label is None else label)
-    langs = [lang for lang in dict.fromkeys(lang.strip() for lang in langs) if lang]
-    if not langs or not default:
-        raise ValueError("no language was asked for; name one or more, such as en and jv" if default else
-                         f"label {one_line(repr(label), 60)} is unknown; use harmful or benign")
-    pairs = [re.fullmatch(r"\s*([\w-]+)\s*=(.*)", part, re.S) for part in re.split(r",(?=\s*[\w-]+\s*=)", path)]
-    if all(pairs) and not os.path.exists(path):
-        files = {pair[1]: pair[2].strip() for pair in pairs}
-        if len(files) < len(pairs) or not set(langs) <= set(files):
-            raise fail(path, f"language named twice, or not at all; name one file for each of {', '.join(langs)}")
-        records = join_files(files)
-    else:
-        files, (records, _) = {"": path}, read_records(path, langs)
-    queries, skipped, columns = [], Counter(), ("label", "expected_behavior")
-    labelled = any(name in extra for _, _, extra in records for name in columns)
-    for n, (i, cells, extra) in enumerate(records, 1):
-        text = {lang: read_cell("" if cell is None else cell) for lang, cell in cells.items()}
-        column = next((name for name in columns if name in extra), "label")
-        row_label = read_label(extra.get(column)) if labelled else default
-        answer = None if row_label != "qa" or extra.get("answer") is None else str(extra["answer"]).strip()
-        if missing := [lang for lang in langs if not text[lang]]:
-            skipped[" and ".join(f"{'unreadable' if text[lang] is None else 'blank'} {lang}" for lang in missing)] += 1
-        elif row_label is None:
-            skipped[f"{column} {one_line(repr(extra.get(column)), 40)}"] += 1
-        elif row_label == "qa" and not answer:
-            skipped["qa without an answer"] += 1
-        else:
-            key = text.get("en") or next(t for t in text.values() if t)
-            queries.append(Query(i or str(n), row_label, {lang: text[lang] for lang in langs}, extra, answer, key))
-    why = ", ".join(f"{count} {reason}" for reason, count in skipped.most_common())
-    counts = f"{len(records)} rows read, {len(queries)} used, {skipped.total()} skipped" + f" ({why})" * bool(why)
-    if not queries:
-        raise fail(path, f"no usable row: {counts}")
-    print(*(one_line(f"{one_line(name, 120)}: {counts}") for name in files.values()), sep="\n", file=sys.stderr)
-    return queries
+def read_label(row, column):
+    """harmful | benign | qa"""
+    value = row.get(column)
+    match = re.fullmatch(LABEL, clean(value).lower(), re.S)
+    if not match:
+        raise ValueError(f"{column} {value!r}")
+    return match.lastgroup
 
-def split(queries, holdout):
-    """-> (train, heldout): a share `holdout` (0 to 1) by a hash of the English text, so the same in every run."""
-    if not 0 <= holdout <= 1:
-        raise ValueError(f"holdout must be a fraction from 0 to 1, not {holdout}")
-    train, heldout = [], []
-    for q in queries:
-        text = q.key or q.text.get("en") or next(iter(q.text.values()))
-        digest = hashlib.sha256(b"queries" + " ".join(text.split()).encode()).digest()  # the salt evens the labels out
-        (heldout if int.from_bytes(digest[:6], "big") / 2**48 < holdout else train).append(q)
-    return train, heldout
+
+def assume_label(path, rows, columns):
+    """harmful, and says so; with answers a label is asked for."""
+    if "answer" in columns:
+        raise fail(path, "has answers and no label: say what its rows are, as by --label qa")
+    few = [name for name in columns
+           if name.islower() and len({str(row.get(name)) for row in rows}) <= 3]
+    tell(path, "no column label or expected_behavior: every row is taken as harmful; of few "
+               f"values, so perhaps a label: {few}")
+    return "harmful"
+
+
+def read_choices(row):
+    """A question's choices, {name: text}: of the column choices, or of a column each."""
+    value = row.get("choices")
+    if isinstance(value, str) and value:
+        value = json.loads(value)
+    if isinstance(value, list):
+        value = dict(zip(LETTERS, value))
+    if not isinstance(value, dict):
+        value = {name[-1]: row[name] for name in row if re.fullmatch(CHOICE, name)}
+    if "text" in value:
+        value = dict(zip(value.get("label", LETTERS), value["text"]))
+    choices = {str(name).upper(): clean(text) for name, text in value.items() if clean(text)}
+    return choices if len(choices) > 1 else []
+
+
+def settle_answers(path, queries):
+    """Answers -> the letters of their choices, if one reading alone fits the whole file."""
+    numbers = [str(n) for n in range(99)]
+    places = []
+    for query in queries:
+        answer = query.answer.upper()
+        texts = [text.upper() for text in query.choices.values()][:len(LETTERS)]
+        readings = [list(query.choices), texts, numbers, numbers[1:]]
+        places.append([names.index(answer) if answer in names[:len(texts)] else None
+                       for names in readings])
+
+    possible = {reading for reading in zip(*places) if None not in reading}
+    if queries and len(possible) != 1:
+        bad = [query.id for query, found in zip(queries, places) if found.count(None) == 4]
+        raise fail(path, f"its answers have {len(possible)} readings as letters, texts or indices, "
+                         f"from 0 or from 1, of their choices; give letters (see rows {bad[:3]})")
+    for query, place in zip(queries, *possible):
+        query.answer = LETTERS[place]
+        query.choices = list(query.choices.values())

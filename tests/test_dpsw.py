@@ -1,809 +1,476 @@
-"""Promises of dpsw.py, checked against plain loops over python floats (see `reference`)."""
+"""The promises of dpsw.py, against plain loops over tokens and vocabulary in python floats."""
 import ast
 import itertools
 import math
+import shutil
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 import dpsw
 from dpsw import dpsw_loss, dpsw_loss_chunked
 
-INF, NAN = float("inf"), float("nan")
+INF = float("inf")
+NAN = float("nan")
 STATS = ("divergence", "weight", "w_teacher", "w_student")
-WEIGHTINGS, VIEWS = ("dpsw", "teacher", "student", "none"), ("teacher", "sampled")
+WEIGHTINGS = ("dpsw", "teacher", "student", "none")
+VIEWS = ("teacher", "sampled")
 DIVERGENCES = ("reverse", "forward", "jsd")
+NORMS = ("response", "none")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny here: a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def chunked_loss(student, teacher, *rest, chunk_size=5, **options):
+    """The chunked form on logits, behind heads that do nothing."""
+    heads = nn.Identity(), nn.Identity()
+    return dpsw_loss_chunked(student, teacher, *heads, *rest, chunk_size=chunk_size, **options)
+
+
+both_forms = pytest.mark.parametrize("loss_of", (dpsw_loss, chunked_loss), ids=("dense", "chunked"))
 
 
 # ---- the reference: one token at a time, float64, nothing clever ----
 
-def softmax(logits, tau=1.0):
-    top = max(logits)
-    exps = [math.exp((x - top) / tau) for x in logits]
-    return [e / sum(exps) for e in exps]
+def log_softmax(logits, temperature):
+    scaled = [x / temperature for x in logits]
+    top = max(scaled)
+    log_sum = top + math.log(sum(math.exp(x - top) for x in scaled))
+    return [x - log_sum for x in scaled]
 
 
-def kl(p, q):
-    return sum(a * math.log(a / b) for a, b in zip(p, q) if a > 0)
+def kl(logp, logq):
+    return sum(math.exp(a) * (a - b) for a, b in zip(logp, logq) if a > -INF)
 
 
-def token_divergence(p_s, p_t, divergence, beta):
+def kl_and_slope(log_s, log_other):
+    """KL(S ‖ other), and what it changes by with each student logit, `other` held still."""
+    mean = kl(log_s, log_other)
+    slope = [math.exp(s) * (s - o - mean) if s > -INF else 0 for s, o in zip(log_s, log_other)]
+    return mean, slope
+
+
+def diverge(log_s, log_t, divergence, beta):
+    """One token's divergence and its gradient, by hand, to the student's logits."""
     if divergence == "reverse":
-        return kl(p_s, p_t)
+        return kl_and_slope(log_s, log_t)
     if divergence == "forward":
-        return kl(p_t, p_s)
-    m = [beta * t + (1 - beta) * s for s, t in zip(p_s, p_t)]
-    return beta * kl(p_t, m) + (1 - beta) * kl(p_s, m)
+        return kl(log_t, log_s), [math.exp(s) - math.exp(t) for s, t in zip(log_s, log_t)]
+    mixture = [beta * math.exp(t) + (1 - beta) * math.exp(s) for s, t in zip(log_s, log_t)]
+    log_m = [math.log(m) for m in mixture]
+    mean, slope = kl_and_slope(log_s, log_m)  # what M adds to the slope sums to nothing
+    return beta * kl(log_t, log_m) + (1 - beta) * mean, [(1 - beta) * x for x in slope]
 
 
-def teacher_confidence(p_t, top_k):
-    k = min(top_k, len(p_t))
+def teacher_confidence(log_t, top_k):
+    k = min(top_k, len(log_t))
     if k == 1:
         return 1.0
-    top = sorted(p_t, reverse=True)[:k]
-    entropy = -sum(p / sum(top) * math.log(p / sum(top)) for p in top if p > 0)
-    return 1 - entropy / math.log(k)
+    top = sorted([math.exp(t) for t in log_t], reverse=True)[:k]
+    shares = [p / sum(top) for p in top]
+    return 1 + sum(p * math.log(p) for p in shares if p > 0) / math.log(k)
 
 
-def reference(student, teacher, ids=None, mask=None, *, weighting="dpsw", student_view="teacher", top_k=20,
-              divergence="reverse", beta=0.5, temperature=1.0, weight_norm="none", denominator=None, weights=None):
-    """Lists of logit rows -> (loss, one dict a token, None where masked). `weights`: constants to use instead."""
-    rows, total, count, weight_sum = [], 0.0, 0, 0.0
-    for i, (s, t) in enumerate(zip(student, teacher)):
-        if mask is not None and not mask[i]:
-            rows.append(None)
-            continue
-        p_s, p_t = softmax(s, temperature), softmax(t, temperature)
-        token = ids[i] if student_view == "sampled" else max(range(len(t)), key=lambda v: t[v])
-        w_t, w_s = teacher_confidence(p_t, top_k), 1 - p_s[token]
-        w = {"dpsw": w_t * w_s, "teacher": w_t, "student": w_s, "none": 1.0}[weighting]
-        w = w if weights is None else weights[i]
-        d = token_divergence(p_s, p_t, divergence, beta)
-        rows.append({"divergence": d, "weight": w, "w_teacher": w_t, "w_student": w_s})
-        total, count, weight_sum = total + w * d, count + 1, weight_sum + w
-    n = denominator or (weight_sum if weight_norm == "mean" else count)
-    return total / n, rows
+def score_token(student, teacher, token, weighting="dpsw", student_view="teacher", top_k=20,
+                divergence="reverse", beta=0.5, temperature=1.0):
+    log_s = log_softmax(student, temperature)
+    log_t = log_softmax(teacher, temperature)
+    if student_view == "teacher":
+        token = log_t.index(max(log_t))
+    w_teacher = teacher_confidence(log_t, top_k)
+    w_student = 1 - math.exp(log_s[token])
+    product = {"dpsw": w_teacher * w_student, "teacher": w_teacher, "student": w_student, "none": 1}
+    value, slope = diverge(log_s, log_t, divergence, beta)
+    return {"divergence": value, "weight": product[weighting], "w_teacher": w_teacher,
+            "w_student": w_student, "gradient": [x / temperature for x in slope]}
 
 
-def reference_grad(student, teacher, ids=None, mask=None, **kw):
-    """Central differences on the reference, the weights (and the sum of them) held constant."""
-    rows = reference(student, teacher, ids, mask, **kw)[1]
-    kw, eps = {**kw, "weights": [row and row["weight"] for row in rows]}, 1e-5
-    grad = [[0.0] * len(row) for row in student]
-    for i, v in itertools.product(range(len(student)), range(len(student[0]))):
-        here = student[i][v]
-        for sign in (1, -1):
-            student[i][v] = here + sign * eps
-            grad[i][v] += sign * reference(student, teacher, ids, mask, **kw)[0] / (2 * eps)
-        student[i][v] = here
-    return grad
+def reference(student, teacher, ids, mask, weight_norm="response", **options):
+    """Loss, its gradient with constant weights, {(n, t): scores of a token}; logits (N, T, V)."""
+    tokens = {}
+    for n, t in mask.nonzero().tolist():
+        logits = student[n, t].double().tolist(), teacher[n, t].double().tolist()
+        tokens[n, t] = score_token(*logits, ids[n, t].item(), **options)
+    loss = 0.0
+    gradient = torch.zeros(student.shape)
+    for (n, t), token in tokens.items():
+        share = token["weight"] / len(tokens)
+        if weight_norm == "response":
+            total = sum(other["weight"] for (m, _), other in tokens.items() if m == n)
+            share = token["weight"] / total / len({m for m, _ in tokens})
+        loss += share * token["divergence"]
+        gradient[n, t] = share * torch.tensor(token["gradient"])
+    return loss, gradient, tokens
 
 
-def inputs(*shape, V=6, seed=0, scale=2.0):
+def make_inputs(*shape, V=6, seed=0):
     g = torch.Generator().manual_seed(seed)
-    student = (scale * torch.randn(*shape, V, generator=g)).requires_grad_()
-    teacher = scale * torch.randn(*shape, V, generator=g)
+    student = (2 * torch.randn(*shape, V, generator=g)).requires_grad_()
+    teacher = 2 * torch.randn(*shape, V, generator=g)
     return student, teacher, torch.randint(V, shape, generator=g)
 
 
-def check(student, teacher, ids=None, mask=None, **kw):
-    """Loss, stats and student gradient of dpsw_loss against the reference."""
-    flat = [None if x is None else x.detach().double().reshape(-1, x.shape[-1]).tolist() for x in (student, teacher)]
-    flat += [None if x is None else x.reshape(-1).tolist() for x in (ids, mask)]
-    want, rows = reference(*flat, **kw)
-    loss, stats = dpsw_loss(student, teacher, ids, mask, **kw)
-    assert loss.shape == () and loss.item() == pytest.approx(want, rel=1e-4, abs=1e-6)
+def mask_of(*lengths, T):
+    return torch.arange(T) < torch.tensor(lengths)[:, None]
+
+
+def check(student, teacher, ids=None, mask=None, loss_of=dpsw_loss, **options):
+    """Loss, stats and student gradient are the reference's."""
+    shape = student.shape[:-1]
+    token_shape = -1, shape[-1]
+    plain = [x.detach().reshape(*token_shape, x.shape[-1]) for x in (student, teacher)]
+    for tensor in (ids, mask):
+        plain.append((torch.ones(shape) if tensor is None else tensor).reshape(token_shape))
+    want, want_gradient, tokens = reference(*plain, **options)
+
+    loss, stats = loss_of(student, teacher, ids, mask, **options)
+    gradient, = torch.autograd.grad(loss, student)
+    assert loss.shape == () and loss.item() == pytest.approx(want, rel=2e-4, abs=1e-6)
+    torch.testing.assert_close(gradient, want_gradient.view_as(student), rtol=1e-3, atol=2e-6)
     for name in STATS:
-        assert stats[name].shape == student.shape[:-1]
-        for got, row in zip(stats[name].reshape(-1).tolist(), rows):
-            if row is not None and (name in ("divergence", "weight") or kw.get("weighting", "dpsw") == "dpsw"):
-                assert got == pytest.approx(row[name], rel=1e-4, abs=1e-5), name
-    grad, = torch.autograd.grad(loss, student)
-    torch.testing.assert_close(grad.reshape(-1, grad.shape[-1]).double(),
-                               torch.tensor(reference_grad(*flat, **kw), dtype=torch.double), rtol=1e-3, atol=1e-5)
-    return loss, stats, grad
+        assert stats[name].shape == shape and not stats[name].requires_grad
+        rows = stats[name].reshape(token_shape).tolist()
+        got = [rows[n][t] for n, t in tokens]
+        assert got == pytest.approx([x[name] for x in tokens.values()], rel=2e-4, abs=2e-6), name
+    return loss, gradient
 
 
 # ---- the numbers ----
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+SHAPES = {(3,): [[1, 0, 1]], (2, 2): [[1, 0], [1, 1]], (2, 2, 1): [[1], [0], [1], [1]]}
+
+
+@pytest.mark.parametrize("weight_norm", NORMS)
+@pytest.mark.parametrize("divergence, beta", [*zip(DIVERGENCES, (0.5, 0.5, 0.5)), ("jsd", 0.2)])
 @pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_every_option_equals_the_plain_loop_in_loss_stats_and_gradient(weighting, view, divergence):
-    mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
-    kw = dict(weighting=weighting, student_view=view, divergence=divergence)
-    check(*inputs(2, 3), mask, top_k=3, **kw)
-    check(*inputs(5, seed=1), weight_norm="mean", beta=0.3, temperature=0.7, **kw)
+def test_every_product_of_options_equals_the_loop(weighting, view, divergence, beta, weight_norm):
+    options = dict(weighting=weighting, student_view=view, divergence=divergence, beta=beta)
+    options["weight_norm"] = weight_norm
+    product = itertools.product(SHAPES, (False, True), (1, 2, 20, 23, 99), (0.6, 1.0))
+    for shape, masked, top_k, temperature in product:
+        mask = torch.tensor(SHAPES[shape]).view(shape) if masked else None
+        inputs = make_inputs(*shape, V=23, seed=top_k)
+        check(*inputs, mask, top_k=top_k, temperature=temperature, **options)
 
 
-def test_defaults_are_dpsw_teacher_view_top_20_reverse_kl_at_temperature_1():
-    student, teacher, ids = inputs(4, V=30)
-    loss, stats = dpsw_loss(student, teacher)
-    explicit, _ = dpsw_loss(student, teacher, ids, torch.ones(4), weighting="dpsw", student_view="teacher", top_k=20,
-                            divergence="reverse", beta=0.5, temperature=1.0, weight_norm="none", denominator=None)
-    assert loss.item() == explicit.item()
-    check(student, teacher)
+@both_forms
+def test_by_default_every_response_counts_the_same_and_an_empty_one_not_at_all(loss_of):
+    student, teacher, _ = make_inputs(3, 5, V=30)
+    mask = mask_of(5, 0, 1, T=5)
+    loss, _ = check(student, teacher, None, mask, loss_of)
+    alone = [loss_of(student[n], teacher[n], None, mask[n])[0].item() for n in (0, 2)]
+    assert loss.item() == pytest.approx(sum(alone) / 2, rel=1e-5)
 
 
-# student (1/2, 1/2), teacher (1/4, 3/4), in nats
-#   reverse  KL(S||T) = 1/2 ln 2 + 1/2 ln 2/3              = 0.346574 - 0.202733 = 0.143841
-#   forward  KL(T||S) = 1/4 ln 1/2 + 3/4 ln 3/2            = 0.304099 - 0.173287 = 0.130812
-#   jsd 0.5  M = (3/8, 5/8): 1/2 [1/4 ln 2/3 + 3/4 ln 6/5] + 1/2 [1/2 ln 4/3 + 1/2 ln 4/5]
-#                                                          = (0.035375 + 0.032269) / 2 = 0.033822
-#   jsd 0.25 M = 1/4 T + 3/4 S = (7/16, 9/16): 1/4 [1/4 ln 4/7 + 3/4 ln 4/3] + 3/4 [1/2 ln 8/7 + 1/2 ln 8/9]
-#                                                          = 0.25 * 0.075858 + 0.75 * 0.007874 = 0.024870
-#   jsd 0.75 M = 3/4 T + 1/4 S = (5/16, 11/16): 3/4 [1/4 ln 4/5 + 3/4 ln 12/11] + 1/4 [1/2 ln 8/5 + 1/2 ln 8/11]
-#                                                          = 0.75 * 0.009473 + 0.25 * 0.075775 = 0.026048
-@pytest.mark.parametrize("divergence, beta, want", [
-    ("reverse", 0.5, 0.143841), ("forward", 0.5, 0.130812),
-    ("jsd", 0.5, 0.033822), ("jsd", 0.25, 0.024870), ("jsd", 0.75, 0.026048)])
-def test_divergences_have_their_hand_computed_direction(divergence, beta, want):
+# student (1/2, 1/2), teacher (1/4, 3/4), in nats; of a single token Σ w D / Σ w is D
+#   reverse   KL(S||T) = 1/2 ln 2 + 1/2 ln 2/3    gradient p_S (ln p_S/p_T − KL) = ±0.274653
+#   forward   KL(T||S) = 1/4 ln 1/2 + 3/4 ln 3/2  gradient p_S − p_T             = ±0.25
+#   jsd 1/4   M = (7/16, 9/16): 1/4 KL(T||M) + 3/4 KL(S||M)
+@pytest.mark.parametrize("divergence, want, slope", [
+    ("reverse", 0.143841, 0.274653), ("forward", 0.130812, 0.25), ("jsd", 0.024870, 0.047121)])
+def test_divergences_have_their_hand_computed_direction(divergence, want, slope):
     student = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
-    teacher = torch.tensor([[0.25, 0.75]]).log()
-    kw = dict(weighting="none", divergence=divergence, beta=beta)
-    loss, _ = dpsw_loss(student, teacher, **kw)
+    teacher = torch.tensor([[0.25, 0.75]]).log().requires_grad_()
+    loss, _ = dpsw_loss(student + 7, teacher - 3, divergence=divergence, beta=0.25)
+    loss.backward()
     assert loss.item() == pytest.approx(want, abs=2e-6)
-    assert dpsw_loss(student + 7, teacher - 3, **kw)[0].item() == pytest.approx(want, abs=2e-6)  # softmaxes, not logits
+    assert student.grad.tolist()[0] == pytest.approx([slope, -slope], abs=2e-6)
+    assert teacher.grad is None
 
 
-# d KL(S||T) / d z_v = p_S(v) (log p_S(v)/p_T(v) - KL): 1/2 (0.693147 - 0.143841) = +0.274653, and its negative
-# d KL(T||S) / d z_v = p_S(v) - p_T(v)                                            = +0.25, -0.25
-@pytest.mark.parametrize("divergence, want", [("reverse", 0.274653), ("forward", 0.25)])
-def test_gradient_has_its_hand_computed_sign_and_size(divergence, want):
-    student = torch.tensor([[0.5, 0.5]]).log().requires_grad_()
-    dpsw_loss(student, torch.tensor([[0.25, 0.75]]).log(), weighting="none", divergence=divergence)[0].backward()
-    assert student.grad.tolist()[0] == pytest.approx([want, -want], abs=1e-5)
+@pytest.mark.parametrize("top_k", (2, 6, 20))
+def test_a_uniform_top_k_weighs_nothing_and_a_one_hot_one_weighs_one(top_k):
+    student, _, _ = make_inputs(2)
+    teacher = torch.zeros(2, 6)
+    teacher[1, 3] = 200.0
+    _, stats = dpsw_loss(student, teacher, top_k=top_k)
+    assert stats["w_teacher"].tolist() == pytest.approx([0, 1], abs=1e-6)
 
 
-@pytest.mark.parametrize("beta", (0.1, 0.5, 0.9))
-def test_jsd_swaps_sides_when_beta_turns_round_and_stays_bounded(beta):
-    student, teacher, _ = inputs(5, scale=20.0)
-
-    def jsd(a, b, beta):
-        return dpsw_loss(a, b, weighting="none", divergence="jsd", beta=beta)[0].item()
-    assert jsd(student, teacher, beta) == pytest.approx(jsd(teacher, student, 1 - beta), rel=1e-4)
-    if beta != 0.5:
-        assert abs(jsd(student, teacher, beta) - jsd(teacher, student, beta)) > 1e-3
-    bound = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)  # the entropy of a (beta, 1 - beta) coin
-    assert 0 < jsd(student, teacher, beta) <= bound + 1e-5
-    check(student, teacher, divergence="jsd", beta=beta)
+def test_the_confident_wrong_student_is_corrected_and_under_the_sampled_view_muted():
+    student = torch.tensor([[30.0, 0.0]])  # certain of token 0, the teacher of token 1
+    for view, want in zip(VIEWS, (1, 0)):
+        _, stats = dpsw_loss(student, student.flip(-1), torch.tensor([0]), student_view=view)
+        assert stats["weight"].item() == pytest.approx(want, abs=1e-6)
 
 
-@pytest.mark.parametrize("beta", (0.0, 1.0))
-def test_jsd_at_the_ends_of_beta_is_zero_by_its_formula_and_finite(beta):
-    student, teacher, _ = inputs(4)
-    loss, _ = dpsw_loss(student, teacher, weighting="none", divergence="jsd", beta=beta)
-    loss.backward()
-    assert loss.item() == pytest.approx(0, abs=1e-6)
-    assert student.grad.abs().max() < 1e-5
+@both_forms
+@pytest.mark.parametrize("weight_norm", NORMS)
+def test_micro_batches_with_the_steps_count_give_the_gradient_of_the_whole(weight_norm, loss_of):
+    student, teacher, ids = make_inputs(4, 5)
+    mask = mask_of(5, 1, 3, 0, T=5)
+    want, want_gradient = check(student, teacher, ids, mask, weight_norm=weight_norm)
+    count = {"response": torch.tensor(3), "none": 9}[weight_norm]
+    for size in (1, 2, 4):
+        parts = zip(*[x.split(size) for x in (student, teacher, ids, mask)])
+        losses = [loss_of(*part, weight_norm=weight_norm, denominator=count)[0] for part in parts]
+        gradient, = torch.autograd.grad(sum(losses), student)
+        torch.testing.assert_close(sum(losses), want)
+        torch.testing.assert_close(gradient, want_gradient, rtol=1e-5, atol=1e-7)
 
 
+# ---- padding, edges, dtypes ----
+
+@both_forms
+@pytest.mark.parametrize("fill", (NAN, INF, -INF))
+@pytest.mark.parametrize("view", VIEWS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_equal_logits_diverge_by_exactly_nothing(divergence):
-    student, _, _ = inputs(4, V=50)
-    loss, stats = dpsw_loss(student, student.detach().clone(), weighting="none", divergence=divergence)
-    assert loss.item() == pytest.approx(0, abs=1e-7 if divergence == "jsd" else 0)
-    assert (stats["weight"] == 1).all()
+def test_padding_may_hold_anything(divergence, view, fill, loss_of):
+    student, teacher, ids = make_inputs(3, 4)
+    mask = mask_of(2, 0, 4, T=4)
+    dirty = [x.detach().masked_fill(~mask[..., None], fill) for x in (student, teacher)]
+    dirty[0].requires_grad_()
+    dirty.append(ids.masked_fill(~mask, -100))
+    for weight_norm in NORMS:
+        options = dict(divergence=divergence, student_view=view, weight_norm=weight_norm)
+        want = check(student, teacher, ids, mask, **options)
+        loss, _ = loss_of(*dirty, mask, **options)
+        gradient, = torch.autograd.grad(loss, dirty[0])
+        torch.testing.assert_close((loss, gradient), want)
 
 
-# teacher (1/2, 1/4, 1/4), student (0.2, 0.7, 0.1), sampled token 1
-#   K = 3: H = 1/2 ln 2 + 1/2 ln 4 = 1.039721, / ln 3 = 1.098612 -> w_T = 0.053605
-#   K = 2: renormalised (2/3, 1/3): H = 0.636514, / ln 2 -> w_T = 1 - 0.918296 = 0.081704
-#   w_S = 1 - 0.2 of the teacher's top token, 1 - 0.7 of the sampled one
-@pytest.mark.parametrize("top_k, view, w_teacher, w_student", [
-    (2, "teacher", 0.081704, 0.8), (2, "sampled", 0.081704, 0.3), (3, "teacher", 0.053605, 0.8),
-    (20, "teacher", 0.053605, 0.8), (1, "sampled", 1.0, 0.3)])
-def test_weights_equal_hand_computed_ones(top_k, view, w_teacher, w_student):
-    student, teacher = torch.tensor([[0.2, 0.7, 0.1]]).log(), torch.tensor([[0.5, 0.25, 0.25]]).log()
-    _, stats = dpsw_loss(student, teacher, torch.tensor([1]), top_k=top_k, student_view=view)
-    assert stats["w_teacher"].item() == pytest.approx(w_teacher, abs=2e-6)
-    assert stats["w_student"].item() == pytest.approx(w_student, abs=2e-6)
-    assert stats["weight"].item() == pytest.approx(w_teacher * w_student, abs=2e-6)
+@both_forms
+@pytest.mark.parametrize("side", (0, 1))
+def test_nan_on_a_response_token_is_never_hidden(side, loss_of):
+    logits = [x.detach() for x in make_inputs(3)[:2]]
+    logits[side][1, 2] = NAN
+    assert loss_of(*logits)[0].isnan()
 
 
-@pytest.mark.parametrize("V, top_k", [(6, 2), (6, 6), (6, 20), (50, 20)])
-def test_a_uniform_top_k_weighs_nothing_and_a_one_hot_one_weighs_one(V, top_k):
-    uniform, one_hot = torch.zeros(1, V), torch.zeros(1, V)
-    one_hot[0, V // 2] = 200.0
-    student, _, _ = inputs(1, V=V)
-    assert dpsw_loss(student, uniform, top_k=top_k)[1]["w_teacher"].item() == pytest.approx(0, abs=1e-6)
-    assert dpsw_loss(student, one_hot, top_k=top_k)[1]["w_teacher"].item() == pytest.approx(1, abs=1e-6)
+@both_forms
+@pytest.mark.parametrize("shape, fill", [((2, 3), 0.0), ((2, 3), NAN), ((0,), 0.0), ((2, 0), 0.0)])
+@pytest.mark.parametrize("denominator", (None, 7))
+def test_a_fully_masked_input_gives_zero_loss_and_gradient(denominator, shape, fill, loss_of):
+    student = torch.full((*shape, 5), fill, requires_grad=True)
+    for weight_norm in NORMS:
+        options = dict(weight_norm=weight_norm, denominator=denominator)
+        loss, stats = loss_of(student, student.detach(), None, torch.zeros(shape), **options)
+        loss.backward()
+        assert loss.item() == 0 and (student.grad == 0).all()
+        assert all(stats[name].shape == shape for name in STATS)
 
 
-def test_only_the_top_k_of_the_teacher_count_towards_its_confidence():
-    teacher = torch.tensor([[3.0, 3.0, 0.0, 0.0, 0.0, 0.0]])  # its top 2 are uniform, the rest are not
-    weight = {k: dpsw_loss(torch.zeros(1, 6), teacher, top_k=k)[1]["w_teacher"].item() for k in (1, 2, 6, 7, 1000)}
-    assert weight[1] == 1 and weight[2] == pytest.approx(0, abs=1e-6) and weight[6] > 0.1
-    assert weight[6] == weight[7] == weight[1000]
-
-
-@pytest.mark.parametrize("top_k", (1, 2, 6, 7, 1000))
-def test_any_top_k_is_finite_and_equals_the_loop(top_k):
-    check(*inputs(3), top_k=top_k)
-
-
-def test_a_vocabulary_of_one_token_is_finite():
-    student = torch.tensor([[3.0], [1.0]], requires_grad=True)
-    loss, _ = dpsw_loss(student, torch.tensor([[1.0], [2.0]]))
-    loss.backward()
-    assert loss.item() == 0 and (student.grad == 0).all()
-
-
-def test_the_confident_wrong_student_is_corrected_under_the_teacher_view_and_muted_under_the_sampled_one():
-    # student: "Sure" (token 0) for certain; teacher: refuses (token 1) for certain. D = 30, w_T = 1, and
-    # w_S = 1 - p_S(1) = 1 or 1 - p_S(0) = 0
-    student, teacher = torch.tensor([[30.0, 0.0]]), torch.tensor([[0.0, 30.0]])
-    sure = torch.tensor([0])
-    assert dpsw_loss(student, teacher, sure)[0].item() == pytest.approx(30, rel=1e-4)
-    assert dpsw_loss(student, teacher, sure, student_view="sampled")[0].item() == pytest.approx(0, abs=1e-4)
-
-
-@pytest.mark.parametrize("temperature", (0.5, 2.0))
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_temperature_divides_both_logits_weights_included_and_is_not_squared_back(temperature, divergence):
-    student, teacher, ids = inputs(4)
-    for view in VIEWS:
-        kw = dict(divergence=divergence, student_view=view, top_k=3)
-        loss, stats, _ = check(student, teacher, ids, temperature=temperature, **kw)
-        by_hand, divided = dpsw_loss(student / temperature, teacher / temperature, ids, **kw)
-        assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
-        for name in STATS:
-            torch.testing.assert_close(stats[name], divided[name])
-
-
-# ---- what the loss is divided by ----
-
-def test_the_default_divides_by_the_masks_count_and_mean_by_the_sum_of_the_weights():
-    student, teacher, _ = inputs(2, 3)
-    mask = torch.tensor([[1, 1, 1], [1, 0, 0]])
-    loss, stats = dpsw_loss(student, teacher, None, mask)
-    total = (stats["weight"] * stats["divergence"])[mask.bool()].sum().item()
-    assert loss.item() == pytest.approx(total / 4, rel=1e-5)
-    mean, _ = dpsw_loss(student, teacher, None, mask, weight_norm="mean")
-    assert mean.item() == pytest.approx(total / stats["weight"][mask.bool()].sum().item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("denominator", (10, 2.5, torch.tensor(10), torch.tensor(2.5)))
-@pytest.mark.parametrize("weight_norm", ("none", "mean"))
-def test_denominator_overrides_the_count_and_the_sum_of_weights(weight_norm, denominator):
-    student, teacher, _ = inputs(4)
-    loss, stats = dpsw_loss(student, teacher, weight_norm=weight_norm, denominator=denominator)
-    want = (stats["weight"] * stats["divergence"]).sum().item() / float(denominator)
-    assert loss.item() == pytest.approx(want, rel=1e-5)
-
-
-@pytest.mark.parametrize("weight_norm", ("none", "mean"))
-def test_micro_batches_of_unequal_length_give_the_gradient_of_the_whole(weight_norm):
-    student, teacher, ids = inputs(4, 5)
-    mask = torch.arange(5) < torch.tensor([[5], [1], [3], [0]])  # the last row is empty
-    loss, stats = dpsw_loss(student, teacher, ids, mask, weight_norm=weight_norm)
-    whole, = torch.autograd.grad(loss, student)
-    n = mask.sum() if weight_norm == "none" else stats["weight"][mask].sum()
-    parts = [dpsw_loss(student[i:i + 1], teacher[i:i + 1], ids[i:i + 1], mask[i:i + 1],
-                       weight_norm=weight_norm, denominator=n)[0] for i in range(4)]
-    assert sum(parts).item() == pytest.approx(loss.item(), rel=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(sum(parts), student)[0], whole, rtol=1e-5, atol=1e-7)
-
-
-def test_mean_over_weights_that_are_all_zero_is_zero_not_nan():
-    student = torch.tensor([[200.0, 0.0]], requires_grad=True)  # p_S of the teacher's top token is exactly 1
-    loss, stats = dpsw_loss(student, torch.tensor([[2.0, 0.0]]), weight_norm="mean")
+@both_forms
+@pytest.mark.parametrize("weight_norm", NORMS)
+def test_weights_that_are_all_zero_give_zero_loss_and_gradient(weight_norm, loss_of):
+    student = torch.tensor([[[200.0, 0.0]]], requires_grad=True)  # p_S(y*) is 1 to the last digit
+    loss, stats = loss_of(student, torch.tensor([[[2.0, 0.0]]]), weight_norm=weight_norm)
     loss.backward()
     assert stats["weight"].item() == 0 and loss.item() == 0 and (student.grad == 0).all()
 
 
-# ---- gradients ----
-
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_weights_are_constants_to_autograd(weighting, view):
-    student, teacher, ids = inputs(6)
-    loss, stats = dpsw_loss(student, teacher, ids, weighting=weighting, student_view=view)
-    grad, = torch.autograd.grad(loss, student)
-    plain, = torch.autograd.grad(dpsw_loss(student, teacher, weighting="none")[0], student)
-    torch.testing.assert_close(grad, stats["weight"][:, None] * plain)
-    assert weighting == "none" or (stats["weight"] < 0.9).any()  # or the line above shows nothing
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_no_gradient_reaches_the_teacher(divergence):
-    student, teacher, _ = inputs(4)
-    teacher.requires_grad_()
-    dpsw_loss(student, teacher, divergence=divergence)[0].backward()
-    assert teacher.grad is None and student.grad.abs().max() > 1e-4
-
-
-def test_one_tensor_on_both_sides_is_taught_only_as_the_student():
-    hidden = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    other = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
-    grad, = torch.autograd.grad(dpsw_loss(hidden + other, 2 * hidden)[0], hidden)
-    want, = torch.autograd.grad(dpsw_loss(hidden + other, 2 * hidden.detach())[0], hidden)
-    torch.testing.assert_close(grad, want)
-
-
-def test_inputs_are_left_untouched():
-    student, teacher, ids = inputs(2, 3)
-    mask = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
-    with torch.no_grad():
-        before = [x.clone() for x in (student, teacher, ids, mask)]
-        dpsw_loss(student, teacher, ids, mask, student_view="sampled", temperature=0.5)
-    assert all(torch.equal(a, b) for a, b in zip(before, (student, teacher, ids, mask)))
-
-
-# ---- masks, padding, shapes, dtypes ----
-
-@pytest.mark.parametrize("shape", ((6,), (2, 3), (1, 2, 3)))
-def test_leading_shapes_do_not_matter(shape):
-    student, teacher, ids = inputs(6)
-    mask = torch.tensor([1, 1, 0, 1, 0, 1])
-    want, flat = dpsw_loss(student, teacher, ids, mask, student_view="sampled")
-    loss, stats = dpsw_loss(student.view(*shape, -1), teacher.view(*shape, -1), ids.view(shape), mask.view(shape),
-                            student_view="sampled")
-    assert loss.item() == pytest.approx(want.item(), rel=1e-6)
-    for name in STATS:
-        assert stats[name].shape == shape
-        torch.testing.assert_close(stats[name].flatten()[mask.bool()], flat[name][mask.bool()])
-
-
-@pytest.mark.parametrize("dtype", (torch.bool, torch.float32, torch.bfloat16, torch.int64, torch.int32, torch.uint8))
-def test_masks_of_any_dtype_select_the_same_tokens(dtype):
-    student, teacher, _ = inputs(6)
-    mask = torch.tensor([1, 0, 1, 1, 0, 1])
-    loss, stats = dpsw_loss(student, teacher, None, mask.to(dtype))
-    kept, _ = dpsw_loss(student[mask.bool()], teacher[mask.bool()])
-    assert loss.item() == pytest.approx(kept.item(), rel=1e-6)
-    grad, = torch.autograd.grad(loss, student)
-    assert (grad[mask == 0] == 0).all() and (grad[mask == 1].abs().sum(-1) > 0).all()
-
-
-def test_no_mask_means_every_token():
-    student, teacher, _ = inputs(2, 3)
-    none, stats = dpsw_loss(student, teacher)
-    assert none.item() == dpsw_loss(student, teacher, None, torch.ones(2, 3))[0].item()
-    assert all(stats[name].shape == (2, 3) for name in STATS)
-
-
-def test_a_large_low_precision_mask_is_counted_exactly():
-    student, teacher, _ = inputs(1)
-    n = 3001  # not a bfloat16 number
-    loss, _ = dpsw_loss(student.expand(n, -1), teacher.expand(n, -1), None, torch.ones(n, dtype=torch.bfloat16))
-    assert loss.item() == pytest.approx(dpsw_loss(student, teacher)[0].item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("bad", (NAN, INF, -INF))
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_padding_may_hold_anything(divergence, view, bad):
-    student, teacher, ids = inputs(2, 4)
-    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]])
-    kw = dict(divergence=divergence, student_view=view)
-    want, clean = dpsw_loss(student, teacher, ids, mask, **kw)
-    want_grad, = torch.autograd.grad(want, student)
-    poison = mask[..., None] == 0
-    dirty = student.detach().masked_fill(poison, bad).requires_grad_()
-    for weight_norm in ("none", "mean"):
-        loss, stats = dpsw_loss(dirty, teacher.masked_fill(poison, bad), ids, mask, weight_norm=weight_norm, **kw)
-        grad, = torch.autograd.grad(loss, dirty)
-        assert loss.isfinite() and grad.isfinite().all() and (grad[mask == 0] == 0).all()
-        for name in STATS:
-            torch.testing.assert_close(stats[name][mask == 1], clean[name][mask == 1])
-            assert stats[name].isfinite().all()  # a caller may multiply by the mask
-        if weight_norm == "none":
-            torch.testing.assert_close(loss, want)
-            torch.testing.assert_close(grad, want_grad)
-
-
-@pytest.mark.parametrize("side", (0, 1))
-def test_nan_on_a_response_token_is_never_hidden(side):
-    logits = [x.detach() for x in inputs(3)[:2]]
-    logits[side][1, 2] = NAN
-    assert dpsw_loss(*logits)[0].isnan()
-    assert dpsw_loss(*logits, None, torch.tensor([1, 0, 1]))[0].isfinite()
-
-
-@pytest.mark.parametrize("fill", (0.0, NAN))
-@pytest.mark.parametrize("denominator", (None, 7))
-@pytest.mark.parametrize("weight_norm", ("none", "mean"))
-def test_a_fully_masked_input_gives_zero_loss_and_exactly_zero_gradients(weight_norm, denominator, fill):
-    student = torch.full((2, 3, 5), fill, requires_grad=True)
-    loss, stats = dpsw_loss(student, torch.full((2, 3, 5), fill), torch.zeros(2, 3, dtype=torch.long),
-                            torch.zeros(2, 3), weight_norm=weight_norm, denominator=denominator)
-    loss.backward()
-    assert loss.item() == 0 and (student.grad == 0).all()
-    assert all(stats[name].shape == (2, 3) for name in STATS)
-
-
-def test_no_tokens_at_all_give_zero_loss():
-    student = torch.zeros(0, 5, requires_grad=True)
-    loss, stats = dpsw_loss(student, torch.zeros(0, 5), torch.zeros(0, dtype=torch.long), torch.zeros(0),
-                            student_view="sampled")
-    loss.backward()
-    assert loss.item() == 0 and student.grad.shape == (0, 5)
-    assert all(stats[name].shape == (0,) for name in STATS)
-    assert dpsw_loss(torch.zeros(2, 0, 5), torch.zeros(2, 0, 5))[0].item() == 0
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("view", VIEWS)
-def test_tokens_masked_out_of_both_vocabularies_contribute_nothing(view, divergence):
-    student, teacher, ids = inputs(4, V=6)
-    kw = dict(divergence=divergence, student_view=view, top_k=3)
-    want, clean = dpsw_loss(student, teacher, ids, **kw)
-    want_grad, = torch.autograd.grad(want, student)
-    wide = torch.cat([student.detach(), torch.full((4, 2), -INF)], -1).requires_grad_()
-    loss, stats = dpsw_loss(wide, torch.cat([teacher, torch.full((4, 2), -INF)], -1), ids, **kw)
-    grad, = torch.autograd.grad(loss, wide)
-    torch.testing.assert_close(loss, want)
-    torch.testing.assert_close(grad[:, :6], want_grad)
-    assert (grad[:, 6:] == 0).all()
-    for name in STATS:
-        torch.testing.assert_close(stats[name], clean[name])
-
-
-def test_masked_tokens_inside_the_top_k_keep_the_entropy_finite():
-    student, teacher = torch.zeros(1, 4), torch.tensor([[0.0, 0.0, -INF, -INF]])
-    student[:, 2:] = -INF
-    _, stats = dpsw_loss(student, teacher)
-    assert stats["w_teacher"].item() == pytest.approx(0.5, abs=1e-6)  # 1 - ln 2 / ln 4
-
-
-@pytest.mark.parametrize("divergence", ("reverse", "jsd"))
-def test_a_token_only_the_student_rules_out_is_finite(divergence):
-    student = torch.tensor([[1.0, 0.5, -INF]], requires_grad=True)
-    teacher = torch.tensor([[0.3, 1.0, 0.0]])
-    loss, _ = dpsw_loss(student, teacher, divergence=divergence)
-    loss.backward()
-    want, _ = reference(student.tolist(), teacher.tolist(), divergence=divergence)
-    assert loss.item() == pytest.approx(want, rel=1e-4)
-    assert student.grad.isfinite().all() and student.grad[0, 2] == 0
-
-
-def test_a_token_only_the_teacher_rules_out_costs_without_bound_under_reverse_kl():
-    teacher = torch.tensor([[1.0, 0.5, -INF]])
-    assert dpsw_loss(torch.tensor([[0.3, 1.0, 0.0]]), teacher, weighting="none")[0].item() > 1e30  # inf by the formula
-    assert dpsw_loss(torch.tensor([[0.3, 1.0, 0.0]]), teacher, weighting="none", divergence="jsd")[0].item() < 0.7
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_huge_logits_neither_overflow_nor_lose_the_gradient(divergence):
-    student = torch.tensor([[3e4, 0.0, -3e4], [1.0, 2.0, 3e4]], requires_grad=True)
-    loss, stats = dpsw_loss(student, torch.tensor([[0.0, 3e4, -3e4], [3e4, 2.0, 1.0]]), divergence=divergence)
-    loss.backward()
-    assert loss.isfinite() and student.grad.isfinite().all()
-    if divergence == "reverse":
-        assert stats["divergence"].tolist() == pytest.approx([3e4, 3e4 - 1], rel=1e-5)
-
-
+@both_forms
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_other_float_types_are_computed_in_float32(divergence, dtype):
-    student, teacher, ids = inputs(3, 4, V=200)
-    student, teacher = student.detach().to(dtype).requires_grad_(), teacher.to(dtype)
-    loss, stats = dpsw_loss(student, teacher, ids, divergence=divergence, student_view="sampled", temperature=0.7)
+def test_any_float_dtype_is_computed_in_float32(dtype, loss_of):
+    student, teacher, _ = make_inputs(2, 4, V=40)
+    student = student.detach().to(dtype).requires_grad_()
     wide = student.detach().float().requires_grad_()
-    want, clean = dpsw_loss(wide, teacher.float(), ids, divergence=divergence, student_view="sampled", temperature=0.7)
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(want.item(), rel=1e-6)
-    for name in STATS:
-        assert stats[name].dtype == torch.float32
-        torch.testing.assert_close(stats[name], clean[name])
-    loss.backward(), want.backward()
-    assert student.grad.dtype == dtype
-    rtol = 1e-4 if dtype == torch.float64 else 1e-2
-    torch.testing.assert_close(student.grad, wide.grad.to(dtype), rtol=rtol, atol=1e-6)
+    want, want_gradient = check(wide, teacher.to(dtype).float())
+    loss, _ = loss_of(student, teacher.to(dtype))
+    gradient, = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(loss, want)  # of one dtype: float32
+    torch.testing.assert_close(gradient, want_gradient.to(dtype), rtol=1e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("view", VIEWS)
-def test_stats_are_detached_and_say_what_the_loss_was_made_of(view):
-    student, teacher, ids = inputs(2, 3)
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
-    loss, stats = dpsw_loss(student, teacher, ids, mask, student_view=view)
-    assert set(STATS) <= set(stats)
-    for name in STATS:
-        assert not stats[name].requires_grad and stats[name].shape == mask.shape
-    m = mask.bool()
-    torch.testing.assert_close(stats["weight"][m], (stats["w_teacher"] * stats["w_student"])[m])
-    torch.testing.assert_close((stats["weight"] * stats["divergence"])[m].sum() / 5, loss.detach())
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_tokens_that_one_side_or_both_rule_out_stay_finite(divergence):
+    student, teacher, _ = make_inputs(2, 3)
+    loss, gradient = check(student, teacher, divergence=divergence, top_k=3)
+    wide = [nn.functional.pad(x.detach(), (0, 2), value=-INF) for x in (student, teacher)]
+    got, _ = dpsw_loss(wide[0].requires_grad_(), wide[1], divergence=divergence, top_k=3)
+    torch.testing.assert_close(got, loss)
+    want = nn.functional.pad(gradient, (0, 2))
+    torch.testing.assert_close(torch.autograd.grad(got, wide[0])[0], want)
+
+    some = [torch.tensor([[1.0, 0.5, 0.2]]), torch.tensor([[0.3, 0.9, -INF]])]
+    if divergence == "reverse":  # where only the teacher rules a token out, it is infinite
+        some.reverse()
+    check(some[0].requires_grad_(), some[1], divergence=divergence)
 
 
-# ---- options ----
+@pytest.mark.parametrize("divergence", ("reverse", "forward"))
+def test_extreme_logits_neither_overflow_nor_lose_the_gradient(divergence):
+    student = torch.tensor([[1e4, 0.0, -1e4], [0.1, 0.2, 0.0]], requires_grad=True)
+    teacher = torch.tensor([[-1e4, 1e4, 0.0], [1e4, -1e4, 1.0]])
+    _, gradient = check(student, teacher, divergence=divergence)
+    assert gradient[1].abs().max() > 0.1
 
-@pytest.mark.parametrize("chunked", (False, True))
-@pytest.mark.parametrize("bad", [dict(weighting="dspw"), dict(student_view="student"), dict(divergence="kl"),
-                                 dict(weight_norm="sum"), dict(student_view="sampled")])
-def test_mistyped_options_and_a_missing_response_raise_value_error(bad, chunked):
-    student, teacher, _ = inputs(3)
-    heads = (torch.nn.Identity(), torch.nn.Identity()) if chunked else ()
+
+# ---- errors, and the file itself ----
+
+@both_forms
+@pytest.mark.parametrize("options, told", [
+    (dict(weighting="dspw"), "dspw"), (dict(student_view="student"), "student"),
+    (dict(divergence="kl"), "kl"), (dict(weight_norm="sum"), "sum"),
+    (dict(student_view="sampled"), "response_ids"),
+    (dict(divergence="jsd", beta=0), "(?s)(?=.*forward).*reverse"),
+    (dict(divergence="jsd", beta=1.0), "(?s)(?=.*forward).*reverse")])
+def test_what_cannot_be_meant_is_a_value_error(options, told, loss_of):
+    with pytest.raises(ValueError, match=told):
+        loss_of(*make_inputs(2, 3)[:2], **options)
+
+
+@both_forms
+@pytest.mark.parametrize("shapes", [
+    ((2, 3, 30), (2, 3, 31), (2, 3), (2, 3)), ((2, 3, 30), (2, 3, 1), (2, 3), (2, 3)),
+    ((2, 3, 9), (2, 4, 9), (2, 3), (2, 3)), ((2, 3, 9), (1, 3, 9), (2, 3), (2, 3)),
+    ((2, 3, 9), (2, 3, 9), (2, 1), (2, 3)), ((2, 3, 9), (2, 3, 9), (2, 3), (3,))])
+def test_vocabularies_or_shapes_that_disagree_are_a_value_error(shapes, loss_of):
+    student, teacher, ids, mask = [torch.zeros(shape) for shape in shapes]
     with pytest.raises(ValueError):
-        (dpsw_loss_chunked if chunked else dpsw_loss)(student, teacher, *heads, **bad)
+        loss_of(student, teacher, ids.long(), mask + 1, student_view="sampled")
 
 
-def test_unknown_keywords_fail_in_both_forms():
-    student, teacher, _ = inputs(3)
-    with pytest.raises(TypeError):
-        dpsw_loss(student, teacher, tau=2.0)
-    with pytest.raises(TypeError):
-        dpsw_loss_chunked(student, teacher, torch.nn.Identity(), torch.nn.Identity(), tau=2.0)
+def test_a_chunk_of_no_tokens_is_a_value_error():
+    with pytest.raises(ValueError, match="chunk_size"):
+        chunked_loss(*make_inputs(2, 3), chunk_size=0)
 
 
-def test_response_ids_do_not_matter_under_the_teacher_view_and_do_under_the_sampled_one():
-    student, teacher, ids = inputs(5)
-    assert dpsw_loss(student, teacher, ids)[0].item() == dpsw_loss(student, teacher)[0].item()
-    sampled = [dpsw_loss(student, teacher, i, student_view="sampled")[0].item() for i in (ids, (ids + 1) % 6)]
-    assert abs(sampled[0] - sampled[1]) > 1e-4
+def test_the_file_alone_in_an_empty_folder_runs(tmp_path):
+    shutil.copy(dpsw.__file__, tmp_path)
+    program = ("import torch, dpsw; x = torch.zeros(2, 3, 5, requires_grad=True);"
+               "dpsw.dpsw_loss(x, torch.eye(5)[:3].expand(2, 3, 5))[0].backward();"
+               "print(dpsw.__file__, x.grad.abs().sum().item() > 0)")
+    command = [sys.executable, "-c", program]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ran.stdout.split() == [str(tmp_path / "dpsw.py"), "True"], ran.stderr
 
 
-def test_the_file_imports_only_torch():
-    tree = ast.parse(Path(dpsw.__file__).read_text())
-    names = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
-    names |= {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
-    assert {name.split(".")[0] for name in names} == {"torch"}
+def test_the_file_imports_torch_and_math_only():
+    tree = ast.walk(ast.parse(Path(dpsw.__file__).read_text()))
+    imports = [ast.unparse(x) for x in tree if isinstance(x, (ast.Import, ast.ImportFrom))]
+    assert {line.split()[1].split(".")[0] for line in imports} <= {"torch", "math"}
 
 
-# ---- the chunked form ----
+# ---- the chunked form and its heads ----
 
-H, V = 8, 13
-
-
-def setting(*shape, head="linear", seed=0):
-    """hidden states, heads and their weights for both sides; the mask has holes."""
-    g = torch.Generator().manual_seed(seed)
-
-    def make_head():
-        if head == "linear":
-            module = torch.nn.Linear(H, V)
-            with torch.no_grad():
-                for p in module.parameters():
-                    p.copy_(torch.randn(p.shape, generator=g))
-            return module, list(module.parameters())
-        weight = torch.randn(V, H, generator=g).requires_grad_()
-        return (lambda h: 5 * torch.tanh(h @ weight.T / 5)), [weight]  # a soft-cap, as in Gemma-2
-    student_head, student_weights = make_head()
-    teacher_head, teacher_weights = make_head()
-    hidden = torch.randn(*shape, H, generator=g).requires_grad_()
-    teacher_hidden = torch.randn(*shape, H, generator=g).requires_grad_()
-    ids, mask = torch.randint(V, shape, generator=g), torch.rand(shape, generator=g) < 0.7
-    return hidden, teacher_hidden, student_head, teacher_head, ids, mask, student_weights, teacher_weights
+H = 8
+TEACHER_H = 5
+HEADS = ("plain", "bias", "capped", "scaled")
 
 
-def dense(hidden, teacher_hidden, student_head, teacher_head, ids=None, mask=None, **kw):
-    return dpsw_loss(student_head(hidden), teacher_head(teacher_hidden), ids, mask, **kw)
+class Head(nn.Module):
+    """A linear layer, its logits scaled or soft-capped as some models do; remembers its calls."""
+
+    def __init__(self, kind, width):
+        super().__init__()
+        self.linear = nn.Linear(width, 13, bias=kind != "plain")
+        self.kind = kind
+        self.calls = []  # the rows of each
+        self.graphs = []  # a mark that dies with the graph of each call's logits
+        self.most_alive = 0
+
+    def forward(self, hidden):
+        self.calls.append([tuple(row) for row in hidden.flatten(0, -2).tolist()])
+        alive = [graph for graph in self.graphs if graph() is not None]
+        self.most_alive = max(self.most_alive, len(alive))
+        logits = self.linear(hidden)
+        if logits.requires_grad:
+            def mark(gradient):
+                return None
+            logits.register_hook(mark)
+            self.graphs.append(weakref.ref(mark))
+        if self.kind == "capped":
+            return 0.5 * torch.tanh(logits / 0.5)
+        return 0.25 * logits if self.kind == "scaled" else logits
 
 
-def assert_same(got, want, mask=None):
-    (loss, stats), (want_loss, want_stats) = got, want
-    torch.testing.assert_close(loss, want_loss, rtol=1e-5, atol=1e-6)
-    for name in STATS:
-        assert stats[name].shape == want_stats[name].shape and not stats[name].requires_grad
-        keep = slice(None) if mask is None else mask.bool()
-        torch.testing.assert_close(stats[name][keep], want_stats[name][keep], rtol=1e-4, atol=1e-5)
+def make_setting(*shape, head="bias", mask=None):
+    """Hidden states that are NaN at padding, heads, ids, and a mask with holes if none is given."""
+    torch.manual_seed(0)
+    if mask is None:
+        mask = torch.rand(shape) < 0.7
+        mask[-1] = False  # of several responses, an empty one
+    hidden = [3 * torch.randn(*shape, width) for width in (H, TEACHER_H)]
+    hidden = [x.masked_fill(~mask[..., None], NAN).requires_grad_() for x in hidden]
+    return [*hidden, Head(head, H), Head(head, TEACHER_H), torch.randint(13, shape), mask]
 
 
-def assert_grads(got, want):
+def dense(hidden, teacher_hidden, student_head, teacher_head, ids, mask, **options):
+    """The same by dpsw_loss; its padding is emptied, since 0 · NaN would reach the heads."""
+    hidden, teacher_hidden = [x.masked_fill(~mask[..., None], 0) for x in (hidden, teacher_hidden)]
+    return dpsw_loss(student_head(hidden), teacher_head(teacher_hidden), ids, mask, **options)
+
+
+def assert_same_gradients(got, want):
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-        assert b.abs().max() > 1e-3  # or the comparison shows nothing
+        assert b.abs().max() > 1e-4  # or the comparison shows nothing
 
 
-@pytest.mark.parametrize("chunk_size", (1, 3, 10, 64))
-@pytest.mark.parametrize("head", ("linear", "softcap"))
-def test_chunked_equals_dense_in_loss_stats_and_gradient(head, chunk_size):
-    *args, ws, wt = setting(10, head=head)
-    for kw in (dict(), dict(student_view="sampled", weight_norm="mean"), dict(divergence="jsd", beta=0.2, top_k=3),
-               dict(divergence="forward", temperature=0.6, weighting="student", denominator=4)):
-        want, got = dense(*args, **kw), dpsw_loss_chunked(*args, chunk_size=chunk_size, **kw)
-        assert_same(got, want, args[5])
-        wrt = [args[0], *ws]
-        assert_grads(torch.autograd.grad(got[0], wrt), torch.autograd.grad(want[0], wrt))
+@pytest.mark.parametrize("chunk_size", (1, 3, 10**6))
+@pytest.mark.parametrize("shape", ((7,), (5, 3), (2, 3, 2)))
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("options", [
+    dict(), dict(student_view="sampled", weight_norm="none"), dict(divergence="jsd", beta=0.2),
+    dict(divergence="forward", temperature=0.6, weighting="student", denominator=4)])
+def test_chunked_equals_dense_in_loss_stats_and_gradients(options, head, shape, chunk_size):
+    *args, mask = make_setting(*shape, head=head)
+    trained = [args[0], *args[2].parameters()]
+    want, want_stats = dense(*args, mask, **options)
+    loss, stats = dpsw_loss_chunked(*args, mask, chunk_size=chunk_size, **options)
+    torch.testing.assert_close(loss, want)
+    for name in STATS:
+        assert stats[name].shape == shape and not stats[name].requires_grad
+        torch.testing.assert_close(stats[name][mask], want_stats[name][mask])
+    got = torch.autograd.grad(loss, trained)
+    assert all(x.grad is None for x in trained)
+    assert_same_gradients(got, torch.autograd.grad(want, trained))
 
-
-@pytest.mark.parametrize("chunk_size", (3, 64))
-@pytest.mark.parametrize("head", ("linear", "softcap"))
-def test_chunked_works_under_backward_scaled_and_accumulating(head, chunk_size):
-    *args, ws, wt = setting(2, 5, head=head)
-    wrt = [args[0], *ws]
-    want = torch.autograd.grad(3 * dense(*args)[0], wrt)
-    loss, _ = dpsw_loss_chunked(*args, chunk_size=chunk_size)
-    assert all(p.grad is None for p in wrt)  # nothing is written before backward
-    (3 * loss).backward()
-    assert_grads([p.grad for p in wrt], want)
-    (3 * dpsw_loss_chunked(*args, chunk_size=chunk_size)[0]).backward()
-    assert_grads([p.grad for p in wrt], [2 * g for g in want])
-    assert args[1].grad is None and all(p.grad is None for p in wt)
-
-
-def test_chunked_under_autograd_grad_leaves_no_grad_behind_and_none_reaches_the_teacher():
-    *args, ws, wt = setting(7)
-    loss, _ = dpsw_loss_chunked(*args, chunk_size=2)
-    grads = torch.autograd.grad(loss, [args[0], *ws, args[1], *wt], allow_unused=True)
-    assert all(g is not None for g in grads[:3]) and all(g is None for g in grads[3:])
-    assert all(p.grad is None for p in [args[0], args[1], *ws, *wt])
-
-
-@pytest.mark.parametrize("shape", ((7,), (2, 5), (2, 2, 3)))
-def test_chunked_takes_any_leading_shape(shape):
-    *args, ws, _ = setting(*shape)
-    want, got = dense(*args), dpsw_loss_chunked(*args, chunk_size=4)
-    assert got[1]["weight"].shape == shape
-    assert_same(got, want, args[5])
-    assert_grads(torch.autograd.grad(got[0], [args[0], *ws]), torch.autograd.grad(want[0], [args[0], *ws]))
-
-
-def test_chunked_has_a_default_chunk_and_needs_neither_ids_nor_mask():
-    hidden, teacher_hidden, student_head, teacher_head, *_ = setting(9)
-    args = (hidden, teacher_hidden, student_head, teacher_head)
-    assert_same(dpsw_loss_chunked(*args), dense(*args))
-    assert_same(dpsw_loss_chunked(*args, chunk_size=2), dense(*args))
-
-
-@pytest.mark.parametrize("tied", ("embedding", "penalty"))
-def test_chunked_adds_to_the_other_uses_of_a_tied_head(tied):
-    *args, _, _ = setting(10, head="softcap")
-    weight = torch.randn(V, H, generator=torch.Generator().manual_seed(5)).requires_grad_()
-
-    def total(loss_fn, **kw):
-        hidden = torch.tanh(weight[args[4]]) if tied == "embedding" else args[0]
-        loss, _ = loss_fn(hidden, args[1], lambda h: h @ weight.T, args[3], *args[4:6], **kw)
-        return loss + (0.1 * weight ** 2).sum() * (tied == "penalty")
-    want = torch.autograd.grad(total(dense), weight)
-    assert_grads(torch.autograd.grad(total(dpsw_loss_chunked, chunk_size=3), weight), want)
-    total(dpsw_loss_chunked, chunk_size=3).backward()
-    assert_grads([weight.grad], want)
-
-
-def test_chunked_with_one_head_for_both_sides_teaches_it_only_as_the_student():
-    hidden, teacher_hidden, head, _, ids, mask, ws, _ = setting(10)
-    args = (hidden, teacher_hidden, head, head, ids, mask)
-    want = torch.autograd.grad(dense(*args)[0], [hidden, *ws])
-    assert_grads(torch.autograd.grad(dpsw_loss_chunked(*args, chunk_size=3)[0], [hidden, *ws]), want)
-
-
-def test_chunked_with_a_frozen_head_still_reaches_the_hidden_states():
-    *args, ws, _ = setting(10)
-    want = torch.autograd.grad(dense(*args)[0], args[0])
-    for p in ws:
-        p.requires_grad_(False)
-    dpsw_loss_chunked(*args, chunk_size=3)[0].backward()
-    assert_grads([args[0].grad], want)
-    assert all(p.grad is None for p in ws)
-
-
-def test_chunked_with_constant_hidden_states_still_reaches_the_head():
-    *args, ws, _ = setting(10)
-    want = torch.autograd.grad(dense(*args)[0], ws)
-    args[0] = args[0].detach()
-    dpsw_loss_chunked(*args, chunk_size=3)[0].backward()
-    assert_grads([p.grad for p in ws], want)
-
-
-def test_chunked_under_no_grad_gives_the_same_numbers_and_no_graph():
-    *args, _, _ = setting(10)
-    want = dense(*args)
     with torch.no_grad():
-        got = dpsw_loss_chunked(*args, chunk_size=3)
-    assert not got[0].requires_grad
-    assert_same(got, (want[0].detach(), want[1]), args[5])
+        loss, _ = dpsw_loss_chunked(*args, mask, chunk_size=chunk_size, **options)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, want.detach())
 
 
-@pytest.mark.parametrize("merged", ("inside", "outside"))
-def test_chunked_reaches_the_weights_that_a_heads_weight_is_computed_from(merged):
-    *args, _, _ = setting(10)
-    g = torch.Generator().manual_seed(7)
-    a, b = torch.randn(V, 2, generator=g).requires_grad_(), torch.randn(2, H, generator=g).requires_grad_()
-    base = torch.randn(V, H, generator=g)
-
-    def total(loss_fn, **kw):  # a LoRA head, its weight merged at every call or once
-        weight = base + a @ b
-        head = (lambda h: h @ weight.T) if merged == "outside" else (lambda h: h @ (base + a @ b).T)
-        return loss_fn(*args[:2], head, *args[3:], **kw)[0] + 0.1 * (weight ** 2).sum()
-    want = torch.autograd.grad(total(dense), [args[0], a, b])
-    for chunk_size in (3, 64):
-        assert_grads(torch.autograd.grad(total(dpsw_loss_chunked, chunk_size=chunk_size), [args[0], a, b]), want)
-    total(dpsw_loss_chunked, chunk_size=3).backward()
-    assert_grads([args[0].grad, a.grad, b.grad], want)
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("wanted", ("hidden", "linear.weight", "hidden linear.weight linear.bias"))
+def test_chunked_backward_scales_adds_up_and_reaches_what_is_trained_alone(wanted, head):
+    args = make_setting(4, 3, head=head)
+    named = {"hidden": args[0], **dict(args[2].named_parameters())}
+    for name, tensor in named.items():
+        tensor.requires_grad_(name in wanted)
+    trained = [tensor for tensor in named.values() if tensor.requires_grad]
+    want = torch.autograd.grad(3 * dense(*args)[0], trained)
+    for times in (1, 2):
+        (3 * dpsw_loss_chunked(*args, chunk_size=3)[0]).backward()
+        assert_same_gradients([x.grad for x in trained], [times * x for x in want])
+    others = [args[1], *args[2].parameters(), *args[3].parameters()]
+    assert all(x.grad is None for x in others if not any(x is y for y in trained))
 
 
-def test_chunked_gradient_flows_on_into_what_made_the_hidden_states():
-    *args, _, _ = setting(10)
-    body = torch.nn.Linear(H, H)
-    want = torch.autograd.grad(dense(body(args[0]), *args[1:])[0], body.weight)
-    dpsw_loss_chunked(body(args[0]), *args[1:], chunk_size=3)[0].backward()
-    assert_grads([body.weight.grad], want)
+@pytest.mark.parametrize("frozen", (False, True))
+def test_chunked_with_one_head_on_both_sides_tied_to_the_embedding(frozen):
+    _, _, head, _, ids, mask = make_setting(4, 3, head="plain")
+    body = nn.Linear(H, H)
+    head.requires_grad_(not frozen)
+    trained = [x for x in (*body.parameters(), head.linear.weight) if x.requires_grad]
+
+    def gradients(loss_of, **options):
+        embedded = head.linear.weight[ids]
+        teacher_hidden = embedded.detach().flip(0)
+        loss, _ = loss_of(body(embedded), teacher_hidden, head, head, ids, mask, **options)
+        return torch.autograd.grad(loss, trained)
+
+    assert_same_gradients(gradients(dpsw_loss_chunked, chunk_size=3), gradients(dense))
 
 
-def peak_logits(n, chunk_size):
-    """Most logit-sized numbers the graph kept at any head call or at the end, and the rows of each head call."""
-    hidden, teacher_hidden, student_head, teacher_head, *_ = setting(n)
-    rows, peaks, live = [], [], weakref.WeakSet()
-
-    def pack(tensor):
-        tensor = tensor.detach()  # an output packed with its graph would keep itself alive
-        saved = lambda: tensor  # what the graph holds: dies with it
-        if tensor.dim() and tensor.shape[-1] == V and tensor.shape != (H, V):  # (H, V) is the head's own weight
-            live.add(saved)
-        return saved
-
-    def count():
-        peaks.append(sum(saved().numel() for saved in live))
-
-    def spied(head):
-        return lambda h: (rows.append(h.numel() // H), count(), head(h))[-1]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved()):
-        loss, _ = dpsw_loss_chunked(hidden, teacher_hidden, spied(student_head), spied(teacher_head),
-                                    chunk_size=chunk_size)
-        count()
-        loss.backward()
-    return max(peaks), rows
-
-
-@pytest.mark.parametrize("chunk_size", (1, 4))
-def test_chunked_never_holds_more_than_a_chunk_of_logits(chunk_size):
-    peak, rows = peak_logits(60, chunk_size)
-    assert max(rows) <= chunk_size and sum(rows) >= 2 * 60
-    assert peak <= peak_logits(3 * chunk_size, chunk_size)[0]  # does not grow with the number of tokens
-    assert peak < 60 * V
-
-
-@pytest.mark.parametrize("fill", (0.0, NAN))
-@pytest.mark.parametrize("weight_norm", ("none", "mean"))
-def test_chunked_fully_masked_gives_zero_loss_and_exactly_zero_gradients(weight_norm, fill):
-    *args, ws, _ = setting(10)
-    args[0] = torch.full((10, H), fill, requires_grad=True)
-    args[5] = torch.zeros(10)
-    loss, stats = dpsw_loss_chunked(*args, chunk_size=3, weight_norm=weight_norm)
-    grads = torch.autograd.grad(loss, [args[0], *ws])
-    assert loss.item() == 0 and all((g == 0).all() for g in grads)
-    assert all(stats[name].shape == (10,) for name in STATS)
-
-
-def test_chunked_without_any_token_gives_zero_loss():
-    *args, ws, _ = setting(0)
-    loss, stats = dpsw_loss_chunked(*args, chunk_size=3)
-    loss.backward()
-    assert loss.item() == 0 and args[0].grad.shape == (0, H) and stats["weight"].shape == (0,)
-    assert all(p.grad is None or (p.grad == 0).all() for p in ws)
-
-
-@pytest.mark.parametrize("chunk_size", (1, 3, 64))
-def test_chunked_padding_may_hold_nan(chunk_size):
-    *args, ws, _ = setting(2, 5)
-    want, clean = dense(*args)
-    want_grads = torch.autograd.grad(want, [args[0], *ws])
-    poison = ~args[5][..., None]
-    dirty = args[0].detach().masked_fill(poison, NAN).requires_grad_()
-    loss, stats = dpsw_loss_chunked(dirty, args[1].detach().masked_fill(poison, NAN), *args[2:], chunk_size=chunk_size)
-    assert_same((loss, stats), (want, clean), args[5])
-    assert_grads(torch.autograd.grad(loss, [dirty, *ws]), want_grads)
-
-
-def test_chunked_takes_bfloat16_hidden_states_and_computes_in_float32():
-    *args, _, _ = setting(10)
-    weight = torch.randn(V, H, generator=torch.Generator().manual_seed(3)).bfloat16().requires_grad_()
-    args[0] = args[0].detach().bfloat16().requires_grad_()
-    args[2] = lambda h: h @ weight.T
-    want, got = dense(*args), dpsw_loss_chunked(*args, chunk_size=3)
-    assert got[0].dtype == torch.float32
-    assert_same(got, want, args[5])
-    for a, b in zip(torch.autograd.grad(got[0], [args[0], weight]), torch.autograd.grad(want[0], [args[0], weight])):
-        assert a.dtype == torch.bfloat16
-        torch.testing.assert_close(a, b, rtol=0.05, atol=0.01 * b.abs().max().item())
-
-
-def test_chunked_is_the_same_under_micro_batches_with_the_steps_denominator():
-    *args, ws, _ = setting(4, 5)
-    wrt = [args[0], *ws]
-    want = torch.autograd.grad(dense(*args)[0], wrt)
-    for i in range(4):
-        part = [x[i:i + 1] if torch.is_tensor(x) else x for x in args]
-        dpsw_loss_chunked(*part, chunk_size=3, denominator=args[5].sum())[0].backward()
-    assert_grads([p.grad for p in wrt], want)
+@pytest.mark.parametrize("masked", (False, True))
+@pytest.mark.parametrize("chunk_size, held", [(1, 1), (3, 1), (5, 1), (6, 2), (11, 3), (99, 7)])
+def test_a_chunk_holds_whole_responses_and_no_row_is_computed_twice(chunk_size, held, masked):
+    args = make_setting(7, 3, mask=None if masked else torch.ones(7, 3).bool())
+    dpsw_loss_chunked(*args, chunk_size=chunk_size)[0].backward()
+    for side in (0, 1):
+        calls = args[2 + side].calls
+        assert max(len(call) for call in calls) <= max(chunk_size, 3)
+        assert masked or len(calls) == math.ceil(7 / held)
+        computed = sum(calls, [])
+        for hidden, mask in zip(args[side], args[5]):
+            rows = {tuple(row) for row in hidden[mask].tolist()}
+            assert all(computed.count(row) == 1 for row in rows)
+            assert sum(not rows.isdisjoint(call) for call in calls) <= 1
+    assert args[2].most_alive <= 1  # the last chunk's graph, none of the chunks before it

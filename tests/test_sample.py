@@ -1,779 +1,448 @@
-"""Promises of sample.py, on tiny random Hugging Face models and on chains whose distribution is known."""
-import argparse
+"""Promises of sample.py, on tiny random models, a chain whose distribution is known, and tokenizers made here."""
+import io
 import json
 import math
-import re
-import shutil
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from transformers import Gemma2Config, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig
-from transformers import Gemma2ForCausalLM, MistralForCausalLM
+from tokenizers import Tokenizer, models
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import sample as program
-from conftest import ARCHITECTURES, build_model
-from dpsw import dpsw_loss
-from sample import sample
+from conftest import (ARCHITECTURES, CHATML, INST, LINES, PARTS, ROPES, USER_ONLY, add_adapter, apply_template,
+                      build_chain, build_model, build_tokenizer, cut_half, forward, generate, spy)
+from sample import UserError, encode_chat, encode_turns, find_stop_ids, load_model, response_logits, sample
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames gradient_checkpointing_enable
-V = 97
-PROMPTS = [[5, 17, 3, 60, 8], [0], [9, 9, 96, 0, 0, 31, 22, 48, 71, 13, 2, 55], [44, 1, 0], [7, 8]]  # ragged
-FAMILIES = ("llama", "gpt2")
-SMALL = dict(vocab_size=V, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, head_dim=8, max_position_embeddings=64, initializer_range=0.3,
-             bos_token_id=None, eos_token_id=None, pad_token_id=None)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors are tiny here: a second thread only costs."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames what all call
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "data" / "tiny")
+CPU = torch.device("cpu")
+PROMPTS = [[5, 17, 0, 60, 8], [4, 61], [9, 9, 96, 3, 4, 31, 22, 48, 71, 13, 5, 55], [44, 3, 6], [7, 8],
+           [11, 12, 13, 14, 15, 16, 17]]  # ragged, and longer than the short windows of conftest
 
 
-def make_model(family="llama", seed=0, **kw):
-    """A random model whose greedy continuations depend on the whole prompt and its positions; eval mode."""
-    torch.manual_seed(seed)
-    if family == "gpt2":
-        kw = {"n_positions": 64, **kw}
-        return GPT2LMHeadModel(GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, initializer_range=0.3,
-                                          resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, bos_token_id=None,
-                                          eos_token_id=None, **kw)).eval()
-    if family == "mistral":  # a sliding window shorter than the prompts
-        return MistralForCausalLM(MistralConfig(**SMALL, sliding_window=6, **kw)).eval()
-    if family == "gemma2":  # soft-capped logits, a sliding window on every other layer
-        return Gemma2ForCausalLM(Gemma2Config(**SMALL, sliding_window=6, final_logit_softcapping=5.0,
-                                              tie_word_embeddings=False, **kw)).eval()
-    return LlamaForCausalLM(LlamaConfig(**SMALL, attention_dropout=0.3, **kw)).eval()
+# ---- every architecture ----
+@pytest.mark.parametrize("name", [*ARCHITECTURES, "LoRA"])
+def test_greedy_equals_generate_and_response_logits_each_rows_own_forward(name):
+    model = add_adapter(build_model("Llama")) if name == "LoRA" else build_model(name)
+    stop_ids, want = cut_half(generate(model, PROMPTS, 8))
+    assert 0 < sum(len(row) < 8 for row in want) <= 3  # so rows leave the batch, and rows stay
+    assert sample(model, PROMPTS, max_new_tokens=8, stop_ids=stop_ids, temperature=0) == want
+    logits = torch.cat([forward(model, p, r) for p, r in zip(PROMPTS, want)])
+    torch.testing.assert_close(response_logits(model, PROMPTS, want), logits, atol=1e-4, rtol=1e-4)
 
 
-def make_chain(logits):
-    """A Llama whose next-token logits are exactly logits[current token], whatever came before."""
-    logits = torch.tensor(logits, dtype=torch.float)
-    n = len(logits)
-    model = LlamaForCausalLM(LlamaConfig(**{**SMALL, "vocab_size": n}, tie_word_embeddings=False)).eval()
-    with torch.no_grad():
-        for layer in model.model.layers:  # the layers add nothing, so the hidden state is a scaled one-hot
-            layer.self_attn.o_proj.weight.zero_()
-            layer.mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.eye(n, 32))
-        model.lm_head.weight.zero_()
-        model.lm_head.weight[:, :n] = logits.T * math.sqrt(1 / 32 + model.config.rms_norm_eps)
-    return model
+@pytest.mark.parametrize("name", ROPES)
+def test_rows_that_cross_the_original_length_of_a_rope_are_as_if_alone(name):
+    model = build_model(name)
+    kw = {"max_new_tokens": 4, "stop_ids": [], "temperature": 0}
+    alone = [sample(build_model(name), [p], **kw)[0] for p in PROMPTS]
+    logits = torch.cat([forward(build_model(name), p, r) for p, r in zip(PROMPTS, alone)])
+    assert sample(model, PROMPTS, **kw) == alone
+    model = build_model(name)  # a dynamic rope remembers the longest row that it has seen
+    torch.testing.assert_close(response_logits(model, PROMPTS, alone), logits, atol=1e-4, rtol=1e-4)
 
 
-def make_counter(n=8):
-    """0 → 1 → 2 → … → n − 1 → 0, for certain."""
-    return make_chain((50 * torch.eye(n)).roll(1, dims=1).tolist())
+def test_a_greedy_row_does_not_depend_on_its_neighbours(model):
+    prompts = [*PROMPTS, [0]]
+    stop_ids, want = cut_half(generate(model, prompts, 8))
+    kw = {"max_new_tokens": 8, "stop_ids": stop_ids, "temperature": 0}
+    together = sample(model, prompts, **kw)
+    assert together == [sample(model, [p], **kw)[0] for p in prompts] == want
+    assert together[::-1] == sample(model, prompts[::-1], **kw)
+    assert together * 3 == sample(model, prompts * 3, **kw)
 
 
-def plain_logits(model, prompt, response):
-    """(len(response), V): one forward over one row, no cache, no padding."""
-    with torch.no_grad():
-        return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1].float()
+# ---- where a response ends, and what cannot be asked ----
+COUNTER = [[50.0 * (j == (i + 1) % 8) for j in range(8)] for i in range(8)]  # 0 → 1 → … → 7 → 0, for certain
 
 
-def generate(model, prompts, max_new_tokens, stop_ids=()):
-    """transformers' own greedy responses, left-padded, cut after the first stop id."""
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    kw = dict(eos_token_id=list(stop_ids)) if stop_ids else {}
-    rows = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=0,
-                          use_cache=True, **kw)[:, width:].tolist()
-    ends = [next((i + 1 for i, t in enumerate(row) if t in stop_ids), max_new_tokens) for row in rows]
-    return [row[:end] for row, end in zip(rows, ends)]
-
-
-def spy(model):
-    """A list that gets (input shape, training mode, grad mode) of every forward of the decoder from here on."""
-    program.is_packing_exact(model)  # its trial is no part of the work
-    calls = []
-
-    def hook(module, args, kwargs):
-        ids = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        calls.append((tuple(ids.shape), module.training, torch.is_grad_enabled()))
-    model.base_model.register_forward_pre_hook(hook, with_kwargs=True)
-    return calls
-
-
-# ---- greedy: the same tokens as transformers ----
-
-@pytest.mark.parametrize("family", FAMILIES + ("mistral", "gemma2"))
-def test_greedy_equals_generate_alone_and_in_a_ragged_batch(family):
-    model = make_model(family)
-    got = sample(model, PROMPTS, max_new_tokens=12, stop_ids=[], temperature=0)
-    assert got == [generate(model, [p], 12)[0] for p in PROMPTS]
-    if family in FAMILIES:
-        assert got == generate(model, PROMPTS, 12)
-    assert len({tuple(r) for r in got}) == len(PROMPTS) and max(len(set(r)) for r in got) > 4  # not one token repeated
-
-
-@pytest.mark.parametrize("family", FAMILIES + ("mistral", "gemma2"))
-@pytest.mark.parametrize("as_type", (list, set, tuple))
-def test_greedy_equals_generate_with_several_stop_ids(family, as_type):
-    model = make_model(family)
-    free = generate(model, PROMPTS, 12)
-    stop_ids = {free[0][3], free[2][5], free[4][0]}  # in the middle, later, and as the very first token
-    got = sample(model, PROMPTS, max_new_tokens=12, stop_ids=as_type(stop_ids), temperature=0)
-    assert got == [generate(model, [p], 12, stop_ids)[0] for p in PROMPTS]
-    assert got[4] == [free[4][0]] and len({len(r) for r in got}) > 2
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_greedy_row_does_not_depend_on_its_neighbours(family):
-    model = make_model(family)
-    kw = dict(max_new_tokens=10, temperature=0, stop_ids=[generate(model, PROMPTS[:1], 10)[0][4]])
-    together = sample(model, PROMPTS, **kw)
-    assert together == [sample(model, [p], **kw)[0] for p in PROMPTS]
-    assert together[::-1] == sample(model, PROMPTS[::-1], **kw)
-    assert together * 3 == sample(model, PROMPTS * 3, **kw)
-    assert len({len(r) for r in together}) > 1  # some rows left the batch early
-
-
-def test_greedy_ignores_top_k_top_p_and_the_generator():
-    model = make_model()
-    want = sample(model, PROMPTS, max_new_tokens=6, stop_ids=[], temperature=0)
-    for seed in (0, 1):
-        g = torch.Generator().manual_seed(seed)
-        assert want == sample(model, PROMPTS, max_new_tokens=6, stop_ids=[], temperature=0.0, top_k=5, top_p=0.5,
-                              generator=g)
-
-
-def test_sampling_tends_to_greedy():
-    model, kw = make_model(), dict(max_new_tokens=8, stop_ids=[])
-    want = sample(model, PROMPTS, temperature=0, **kw)
-    assert want == sample(model, PROMPTS, temperature=1e-5, **kw)
-    assert want == sample(model, PROMPTS, top_k=1, **kw)
-    assert want == sample(model, PROMPTS, top_p=1e-6, **kw)  # one token always stays
-    assert want != sample(model, PROMPTS, **kw)
-
-
-def test_learned_positions_reach_the_last_one_and_no_further():
-    model = make_model("gpt2", n_positions=16)
-    prompts = [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10]]
-    got = sample(model, prompts, max_new_tokens=8, stop_ids=[], temperature=0)
-    assert got == [generate(model, [p], 8)[0] for p in prompts]
-
-
-# ---- where a response ends ----
-
-def test_responses_end_with_their_stop_id_or_at_max_new_tokens():
-    model = make_counter(8)
-    kw = dict(max_new_tokens=4, temperature=0)
-    assert sample(model, [[1], [3], [5, 6], [0, 4]], stop_ids=[7], **kw) == [[2, 3, 4, 5], [4, 5, 6, 7], [7], [5, 6, 7]]
-    assert sample(model, [[1], [3], [5, 6]], stop_ids=[7, 3, 0], **kw) == [[2, 3], [4, 5, 6, 7], [7]]
-    assert sample(model, [[1], [3]], stop_ids=[], **kw) == [[2, 3, 4, 5], [4, 5, 6, 7]]
-    assert sample(model, [[1], [3]], stop_ids=[2], temperature=0, max_new_tokens=1) == [[2], [4]]
-
-
-def test_stop_ids_in_the_prompt_stop_nothing():
-    assert sample(make_counter(8), [[7, 7, 2], [7], [0, 7]], max_new_tokens=5, stop_ids=[7, 0], temperature=0) == [
-        [3, 4, 5, 6, 7], [0], [0]]
-
-
-def test_the_first_stop_id_is_the_last_token_and_nothing_follows():
-    stop_ids = {1, 4}
-    got = sample(make_chain([[0.0] * 6] * 6), [[2], [3, 0], [5]] * 40, max_new_tokens=4, stop_ids=stop_ids)
-    assert {len(r) for r in got} == {1, 2, 3, 4}
-    for r in got:
-        assert not stop_ids & set(r[:-1]) and (r[-1] in stop_ids or len(r) == 4)
-
-
-def test_responses_are_lists_of_ints_in_the_order_of_the_prompts_which_are_left_alone():
-    prompts = [[1, 2], [4], [3, 5, 6]]
-    got, logprobs = sample(make_counter(8), prompts, max_new_tokens=2, stop_ids=[7], temperature=0,
-                           return_logprobs=True)
-    assert got == [[3, 4], [5, 6], [7]] and prompts == [[1, 2], [4], [3, 5, 6]]
-    assert isinstance(got, list) and all(isinstance(r, list) and all(type(t) is int for t in r) for r in got)
-    assert [len(r) for r in logprobs] == [2, 2, 1]
-
-
-# ---- the distribution ----
-
-# token probabilities, shuffled so that no rank is an index:     id 0     1     2     3     4     5
-PROBS = [0.15, 0.40, 0.07, 0.20, 0.10, 0.08]
-# by rank: 1 (.40) 3 (.20) 0 (.15) 4 (.10) 5 (.08) 2 (.07), cumulated .40 .60 .75 .85 .93 1
-
-
-def truncated(logits, temperature=1.0, top_k=0, top_p=1.0, vocab_size=None):
-    """{id: probability}, in plain python: temperature, top-k, renormalise, top-p."""
-    p = {v: math.exp(x / temperature) for v, x in enumerate(logits[:vocab_size])}
-    p = dict(sorted(p.items(), key=lambda item: -item[1])[:top_k or None])
-    p = {v: x / sum(p.values()) for v, x in p.items()}
-    kept, mass = {}, 0.0
-    for v, x in p.items():
-        kept[v], mass = x, mass + x
-        if mass >= top_p:  # the token that crosses p stays
-            break
-    return {v: x / sum(kept.values()) for v, x in kept.items()}
-
-
-def frequencies(model, n=6000, seed=0, **kw):
-    rows = sample(model, [[0]] * n, max_new_tokens=1, stop_ids=[], generator=torch.Generator().manual_seed(seed), **kw)
-    assert all(len(r) == 1 for r in rows)
-    return {v: sum(r == [v] for r in rows) / n for v in {r[0] for r in rows}}
-
-
-@pytest.mark.parametrize("kw, support", [
-    (dict(), {0, 1, 2, 3, 4, 5}),
-    (dict(top_k=3), {1, 3, 0}),
-    (dict(top_k=100), {0, 1, 2, 3, 4, 5}),
-    (dict(top_p=0.5), {1, 3}),  # .40 < .5: the token that crosses it, 3, stays
-    (dict(top_p=0.39), {1}),
-    (dict(top_p=0.94), {0, 1, 2, 3, 4, 5}),
-    (dict(top_k=3, top_p=0.7), {1, 3}),  # renormalised .533 .800: crosses .7; un-renormalised it would be .60 < .7
-    (dict(top_k=3, top_p=0.9), {1, 3, 0}),  # top-p first would keep five, and 4 with them before top-k
-    (dict(temperature=2.0, top_p=0.5), {1, 3, 0}),  # flattened: .271 .463 .629; top-p before temperature: {1, 3}
-    (dict(temperature=0.5, top_p=0.8), {1, 3}),  # sharpened: .656 .820; top-p before temperature: {1, 3, 0, 4}
-    (dict(temperature=0.5), {0, 1, 2, 3, 4, 5}),
-    (dict(temperature=2.0), {0, 1, 2, 3, 4, 5}),
-    (dict(temperature=0.5, top_k=4, top_p=0.99), {1, 3, 0, 4}),
-    (dict(vocab_size=4), {0, 1, 2, 3}),
-    (dict(vocab_size=3, top_k=2), {1, 0}),
-    (dict(vocab_size=1, top_k=1), {0}),  # the best tokens are all out of the vocabulary
-    (dict(vocab_size=3, top_p=0.5), {1}),  # .645 of what is left
+@pytest.mark.parametrize("stop_ids, n, want", [
+    ([7], 4, [[2, 3, 4, 5], [4, 5, 6, 7], [7]]), ({7, 3, 0}, 4, [[2, 3], [4, 5, 6, 7], [7]]),
+    ([], 4, [[2, 3, 4, 5], [4, 5, 6, 7], [7, 0, 1, 2]]), ((2, 7), 1, [[2], [4], [7]]),
+    ([1, 3, 6], 3, [[2, 3], [4, 5, 6], [7, 0, 1]]),  # those in the prompt stop nothing
 ])
-def test_truncation_keeps_the_right_tokens_at_the_right_frequencies(kw, support):
-    logits = [math.log(p) + 3 for p in PROBS]
-    want, got = truncated(logits, **kw), frequencies(make_chain([logits] * 6), **kw)
-    assert set(want) == support  # the reference agrees with the hand
-    assert set(got) == support
-    for v, p in want.items():
-        assert got[v] == pytest.approx(p, abs=4.5 * math.sqrt(p * (1 - p) / 6000) + 1e-9)
+def test_a_response_ends_with_its_first_stop_id_or_at_max_new_tokens(stop_ids, n, want):
+    prompts = [[1], [3], [2, 6]]
+    got, logprobs = sample(build_chain(COUNTER), prompts, max_new_tokens=n, stop_ids=stop_ids, temperature=0,
+                           return_logprobs=True)
+    assert got == want and prompts == [[1], [3], [2, 6]]
+    assert [len(row) for row in logprobs] == [len(row) for row in want]
+    assert {type(token) for row in got for token in row} == {int}
 
 
-def test_later_tokens_are_sampled_from_their_own_rows_distribution():
-    g = torch.Generator().manual_seed(0)
-    table = (2 * torch.randn(6, 6, generator=g)).tolist()
-    kw = dict(temperature=1.3, top_k=4, top_p=0.9)
-    prompts = [[i % 6] * (1 + i % 4) for i in range(900)]
-    rows = sample(make_chain(table), prompts, max_new_tokens=5, stop_ids=[], generator=g, **kw)
-    seen = {}
-    for prompt, row in zip(prompts, rows):
-        for a, b in zip(prompt[-1:] + row, row):
-            seen.setdefault(a, []).append(b)
-    for a, follow in seen.items():
-        want = truncated(table[a], **kw)
-        assert set(follow) == set(want)
-        for b, p in want.items():
-            assert follow.count(b) / len(follow) == pytest.approx(
-                p, abs=4.5 * math.sqrt(p * (1 - p) / len(follow)) + 1e-9)
-
-
-def test_a_generator_makes_sampling_reproducible_whatever_the_global_seed():
-    model, kw = make_model(), dict(max_new_tokens=10, stop_ids=[3])
-
-    def draw(seed, global_seed):
-        torch.manual_seed(global_seed)
-        return sample(model, PROMPTS, generator=torch.Generator().manual_seed(seed), **kw)
-    assert draw(0, 1) == draw(0, 2) != draw(1, 2)
-    g = torch.Generator().manual_seed(0)
-    assert sample(model, PROMPTS, generator=g, **kw) != sample(model, PROMPTS, generator=g, **kw)  # it moves on
-
-
-def test_without_a_generator_the_global_seed_is_used():
-    model, kw = make_model(), dict(max_new_tokens=10, stop_ids=[])
-    draws = [(torch.manual_seed(seed), sample(model, PROMPTS, **kw))[1] for seed in (0, 0, 1)]
-    assert draws[0] == draws[1] != draws[2]
-
-
-def test_equal_prompts_in_one_batch_are_sampled_independently():
-    rows = sample(make_model(), [[1, 2, 3]] * 8, max_new_tokens=8, stop_ids=[])
-    assert len({tuple(r) for r in rows}) == 8
-
-
-# ---- vocab_size ----
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_takes_the_best_id_below_vocab_size(family):
-    model = make_model(family)
-    rows = sample(model, PROMPTS, max_new_tokens=8, stop_ids=[], temperature=0, vocab_size=40)
-    for prompt, row in zip(PROMPTS, rows):
-        assert plain_logits(model, prompt, row)[:, :40].argmax(-1).tolist() == row
-    assert rows != sample(model, PROMPTS, max_new_tokens=8, stop_ids=[], temperature=0)
-
-
-def test_ids_past_vocab_size_are_never_sampled_however_likely():
-    logits = [0.0, 0.0, 0.0, 20.0, 20.0, 20.0]
-    for kw in (dict(), dict(top_k=2), dict(top_p=0.5), dict(temperature=0), dict(top_k=4, top_p=0.9)):
-        rows = sample(make_chain([logits] * 6), [[5], [0, 4]] * 50, max_new_tokens=3, stop_ids=[], vocab_size=3, **kw)
-        assert all(len(r) == 3 and max(r) < 3 for r in rows)
-
-
-@pytest.mark.parametrize("vocab_size", (None, V, V + 50))
-def test_a_vocab_size_of_the_models_or_more_changes_nothing(vocab_size):
-    model = make_model()
-    want = sample(model, PROMPTS, max_new_tokens=6, stop_ids=[], generator=torch.Generator().manual_seed(0))
-    assert want == sample(model, PROMPTS, max_new_tokens=6, stop_ids=[], vocab_size=vocab_size,
-                          generator=torch.Generator().manual_seed(0))
-
-
-# ---- log-probs ----
-
-@pytest.mark.parametrize("kw", [dict(), dict(temperature=0.7), dict(temperature=1.6, top_k=5), dict(top_p=0.6),
-                                dict(temperature=0), dict(temperature=0, top_k=3), dict(vocab_size=40)])
-@pytest.mark.parametrize("family", FAMILIES + ("gemma2",))
-def test_logprobs_equal_a_plain_forward_untruncated(family, kw):
-    model = make_model(family)
-    stop_ids = [generate(model, PROMPTS[:1], 3)[0][2], 11, 12, 13, 14, 15, 16]
-    rows, logprobs = sample(model, PROMPTS, max_new_tokens=9, stop_ids=stop_ids, return_logprobs=True,
-                            generator=torch.Generator().manual_seed(0), **kw)
-    assert rows == sample(model, PROMPTS, max_new_tokens=9, stop_ids=stop_ids,
-                          generator=torch.Generator().manual_seed(0), **kw)  # asking for them changes nothing
-    for prompt, row, logp in zip(PROMPTS, rows, logprobs, strict=True):
-        want = (plain_logits(model, prompt, row) / (kw.get("temperature", 1.0) or 1.0)).log_softmax(-1)
-        want = want.gather(-1, torch.tensor(row)[:, None])[:, 0].tolist()
-        assert [float(x) for x in logp] == pytest.approx(want, abs=1e-4)
-
-
-@pytest.mark.parametrize("temperature, t", ((0, 1.0), (0.5, 0.5), (2.0, 2.0)))
-def test_logprobs_of_a_known_distribution(temperature, t):
-    logits = [math.log(p) for p in PROBS]
-    rows, logprobs = sample(make_chain([logits] * 6), [[0], [1, 2]] * 10, max_new_tokens=3, stop_ids=[], top_k=2,
-                            temperature=temperature, return_logprobs=True)
-    total = sum(p ** (1 / t) for p in PROBS)
-    for row, logp in zip(rows, logprobs):
-        assert [float(x) for x in logp] == pytest.approx([math.log(PROBS[v] ** (1 / t) / total) for v in row], abs=1e-4)
-
-
-def test_logprobs_of_a_bfloat16_model_are_taken_in_float32():
-    table = (3 * torch.randn(6, 6, generator=torch.Generator().manual_seed(0))).tolist()
-    model = make_chain(table).bfloat16()
-    rows, logprobs = sample(model, [[0], [1, 2]], max_new_tokens=6, stop_ids=[], return_logprobs=True)
-    for prompt, row, logp in zip([[0], [1, 2]], rows, logprobs):
-        want = plain_logits(model, prompt, row).log_softmax(-1).gather(-1, torch.tensor(row)[:, None])[:, 0]
-        assert [float(x) for x in logp] == pytest.approx(want.tolist(), abs=1e-5)
-
-
-# ---- the model is left as found ----
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_dropout_is_off_while_sampling_and_the_mode_is_left_as_found(family):
-    model = make_model(family)
-    kw = dict(max_new_tokens=8, stop_ids=[], temperature=0, return_logprobs=True)
-    want, want_logprobs = sample(model, PROMPTS, **kw)
-    assert not model.training
-    model.train()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_that_are_done_leave_once_they_are_half_and_no_step_follows_the_last_token(dtype):
+    model = build_chain(COUNTER).to(dtype)
+    sample(model, [[1]], max_new_tokens=2, stop_ids=[])  # what is tried once a model
     calls = spy(model)
-    got, logprobs = sample(model, PROMPTS, **kw)
-    assert got == want and all(m.training for m in model.modules())
-    for a, b in zip(logprobs, want_logprobs):
-        assert [float(x) for x in a] == pytest.approx([float(x) for x in b], abs=1e-5)
-    assert calls and not any(training or grad for _, training, grad in calls)
-
-
-def test_the_mode_of_every_submodule_is_left_as_found():
-    model = make_model("gpt2").train()
-    model.transformer.h[0].eval()  # frozen below, as some trainers do
-    before = [m.training for m in model.modules()]
-    sample(model, PROMPTS, max_new_tokens=2, stop_ids=[])
-    assert [m.training for m in model.modules()] == before
-
-
-@pytest.mark.parametrize("when", (1, 3))
-@pytest.mark.parametrize("training", (True, False))
-def test_the_mode_comes_back_after_an_exception(training, when):
-    model = make_model().train(training)
-    model.config.use_cache = False
-    model.gradient_checkpointing_enable()
-    calls = spy(model)
-
-    def fail(*_):
-        if len(calls) == when:
-            raise RuntimeError("out of memory")
-    model.base_model.register_forward_pre_hook(fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        sample(model, PROMPTS, max_new_tokens=6, stop_ids=[])
-    assert all(m.training == training for m in model.modules())
-    assert model.model.gradient_checkpointing and model.config.use_cache is False
-
-
-@pytest.mark.parametrize("reentrant", (True, False))
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gradient_checkpointing_in_train_mode_still_decodes_with_a_cache(family, reentrant):
-    model = make_model(family)
-    want = sample(model, PROMPTS, max_new_tokens=7, stop_ids=[], temperature=0)
-    model.train()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    model.config.use_cache = False  # as trainers set it
-    flags = [m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    calls = spy(model)
-    assert sample(model, PROMPTS, max_new_tokens=7, stop_ids=[], temperature=0) == want
-    assert len(calls) == 7 and all(shape[1] == 1 for shape, _, _ in calls[1:])
-    assert flags == [m.gradient_checkpointing for m in model.modules() if hasattr(m, "gradient_checkpointing")]
-    assert any(flags) and model.config.use_cache is False and model.training
-
-
-def test_sampling_leaves_no_gradient_and_the_weights_alone():
-    model = make_model()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    _, logprobs = sample(model, PROMPTS, max_new_tokens=3, stop_ids=[], return_logprobs=True)
-    assert not any(getattr(x, "requires_grad", False) for row in logprobs for x in row)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    model(torch.tensor([[1, 2]])).logits.sum().backward()  # nothing of the sampler's mode sticks to the weights
-
-
-@pytest.mark.parametrize("shared", [[], list(range(60, 72))], ids=["", "a shared beginning"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_every_architecture_continues_ragged_prompts_as_it_does_one_alone(name, shared):
-    model, reference, prompts = build_model(name), build_model(name), [shared + p for p in PROMPTS]
-    got = sample(model, prompts, max_new_tokens=6, stop_ids=[], temperature=0)
-    for prompt, response in zip(prompts, got):
-        expected = plain_logits(reference, prompt, response)
-        assert response == expected.argmax(-1).tolist()
-
-
-# ---- work ----
-
-def test_prompts_are_read_without_padding_and_their_shared_beginning_once():
-    model = make_model()
-    calls = spy(model)
-    sample(model, [[7, 8, 9, *p] for p in PROMPTS], max_new_tokens=2, stop_ids=[], temperature=0)
-    assert [shape for shape, _, _ in calls] == [(1, 3 + sum(map(len, PROMPTS))), (len(PROMPTS), 1)]
-
-
-def test_decoding_feeds_one_token_a_row_and_finished_rows_leave_the_batch():
-    model = make_counter(8)
-    calls = spy(model)
-    got = sample(model, [[0, 1], [0, 4], [0, 6], [5, 4]], max_new_tokens=20, stop_ids=[7], temperature=0)
-    assert got == [[2, 3, 4, 5, 6, 7], [5, 6, 7], [7], [5, 6, 7]]
-    # after the prompt: 3 rows have two tokens to go, 1 row has three more after them
-    assert [shape for shape, _, _ in calls if shape[1] == 1] == [(3, 1), (3, 1), (1, 1), (1, 1), (1, 1)]
-
-
-@pytest.mark.parametrize("stop_ids, forwards", (([], 4), ([2], 1)))
-def test_no_forward_is_spent_after_the_last_token(stop_ids, forwards):
-    model = make_counter(8)
-    calls = spy(model)
-    sample(model, [[0, 1], [3, 1]], max_new_tokens=4, stop_ids=stop_ids, temperature=0)
-    assert len(calls) == forwards
-
-
-# ---- edges and errors ----
-
-def test_no_prompts_give_no_responses():
-    model = make_counter(8)
-    assert sample(model, [], max_new_tokens=3, stop_ids=[7]) == []
-    responses, logprobs = sample(model, [], max_new_tokens=3, stop_ids=[7], return_logprobs=True)
-    assert len(responses) == 0 and len(logprobs) == 0
+    sample(model, [[0, 1], [4], [6], [5, 3]], max_new_tokens=20, stop_ids=[7], temperature=0)
+    assert [call[0] for call in calls] == [4, 4, 4, 2, 1, 1]  # rows take 6, 3, 1 and 4 tokens
 
 
 @pytest.mark.parametrize("prompts, bad", [
-    ([[1], []], {}), ([[]], {}), ([[1]], dict(max_new_tokens=0)), ([[1]], dict(max_new_tokens=-1)),
-    ([[1]], dict(temperature=-0.1)), ([[1]], dict(temperature=float("nan"))), ([[1]], dict(top_p=0.0)),
-    ([[1]], dict(top_p=-0.5)), ([[1]], dict(top_p=1.01)), ([[1]], dict(top_p=float("nan")))])
-def test_impossible_requests_raise_value_error_and_leave_the_mode(prompts, bad):
-    model = make_counter(8).train()
+    ([[1], []], {}), ([[1]], {"max_new_tokens": 0}), ([[1]], {"temperature": -0.1}),
+    ([[1]], {"temperature": math.nan}), ([[1]], {"temperature": math.inf}), ([[1]], {"top_k": -1}),
+    ([[1]], {"top_p": 0.0}), ([[1]], {"top_p": 1.01}), ([[1]], {"top_p": math.nan})])
+def test_what_cannot_be_asked_for_is_a_value_error_and_no_prompts_no_responses(prompts, bad):
+    model = build_chain(COUNTER)
     with pytest.raises(ValueError):
         sample(model, prompts, **{"max_new_tokens": 3, "stop_ids": [7], **bad})
-    assert model.training
+    assert sample(model, [], max_new_tokens=3, stop_ids=[7]) == []
 
 
-def test_options_are_keywords_and_unknown_ones_fail():
-    model = make_counter(8)
-    with pytest.raises(TypeError):
-        sample(model, [[1]], 3, [7])
-    with pytest.raises(TypeError):
-        sample(model, [[1]], max_new_tokens=3, stop_ids=[7], temprature=0)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_finite_are_one_line_that_names_them(model, value, temperature):
+    model.get_output_embeddings().weight.data[5] = value
+    with pytest.raises(ValueError, match="logits") as error:
+        sample(model, PROMPTS, max_new_tokens=2, stop_ids=[], temperature=temperature)
+    assert "\n" not in str(error.value)
 
 
-# ---- the command: errors ----
-
-ROOT = Path(__file__).parents[1]
-TINY = str(ROOT / "data" / "tiny")
-WEIGH = ["--weights", "--model", TINY, "--device", "cpu", "--max-new-tokens", "8", "--lang", "jv",
-         "--query", "Piye carane nyolong sepedhah?", "--query-en", "How do I steal a bike?"]
-HOSTILE = ["</script><img src=x onerror=alert(1)>", "\u202eevil\u202c", "\u2028", "<!--", "\x1b[31mred\x07", "\ufffd",
-           "&lt;", "م"]
-PRINTABLE = ["</script><img src=x onerror=alert(1)>", "\\u202eevil\\u202c", "\\u2028", "<!--", "\\x1b[31mred\\x07",
-             "\ufffd", "&lt;", "م"]  # the same, in a terminal
+@pytest.mark.parametrize("name", ["Llama", "Mistral"])
+def test_an_id_that_the_model_has_no_embedding_for_is_one_line(name):
+    model = build_model(name)
+    for call in (lambda: sample(model, [[1, 500], [2] * 9], max_new_tokens=2, stop_ids=[]),
+                 lambda: response_logits(model, [[1]], [[2, 500]])):
+        with pytest.raises(UserError, match="500.*97"):
+            call()
 
 
-def run(*argv):
-    program.build_parser().run(program.main, list(map(str, argv)))
+# ---- the distribution ----
+PROBS = [0.15, 0.40, 0.07, 0.20, 0.10, 0.08]  # by rank: ids 1 3 0 4 5 2, cumulated .40 .60 .75 .85 .93 1
 
 
-def fails(capsys, *argv):
-    """The one line that a mistake costs."""
-    with pytest.raises(SystemExit) as stop:
-        run(*argv)
-    out, err = capsys.readouterr()
-    assert stop.value.code == 2 and err.startswith("sample.py: error: ") and err.count("\n") == 1 and not out
-    return err
+def truncate(probs, temperature=1.0, top_k=0, top_p=1.0, vocab_size=None):
+    """{id: probability} in plain loops: temperature, top-k, renormalise, top-p, renormalise."""
+    weights = {i: p ** (1 / temperature) for i, p in enumerate(probs[:vocab_size])}
+    ranked = sorted(weights, key=weights.get, reverse=True)[:top_k or None]
+    total = sum(weights[i] for i in ranked)
+    kept, mass = {}, 0.0
+    for i in ranked:
+        if mass < top_p:  # the token that crosses p stays
+            kept[i] = weights[i] / total
+            mass += kept[i]
+    return {i: p / sum(kept.values()) for i, p in kept.items()}
 
 
-def write_run(folder, tokens=HOSTILE, steps=3, **changes):
-    """A run's samples.jsonl and metrics.jsonl, as msd.py writes them."""
-    n = len(tokens)
-    rows = [{"step": step, "id": "q<7>", "label": "harmful", "lang": "jv", "prompt": "".join(tokens),
-             "teacher_prompt": "T", "response": "".join(tokens), "tokens": tokens, "divergence": [0.5] * n,
-             "w_teacher": [0.8] * n,
-             "w_student": [i / n for i in range(n)], "teacher_top": tokens[::-1], **changes}
-            for step in range(1, steps + 1)]
-    metrics = [{"step": step, "loss": 1 / step, "divergence": 0.3, "weight": 0.2} for step in range(1, steps + 1)]
-    for name, lines in (("samples", rows), ("metrics", metrics)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), "utf-8")
-    return folder / "samples.jsonl", rows, metrics
+@pytest.mark.parametrize("kw, support", [
+    ({}, {0, 1, 2, 3, 4, 5}), ({"top_k": 3}, {1, 3, 0}), ({"top_k": 100}, {0, 1, 2, 3, 4, 5}), ({"top_p": 0.39}, {1}),
+    ({"top_p": 0.5}, {1, 3}),  # .40 < .5: the token that crosses it, 3, stays
+    ({"top_k": 3, "top_p": 0.7}, {1, 3}),  # renormalised .53 .80 crosses .7; .40 .60 would not
+    ({"top_k": 3, "top_p": 0.9}, {1, 3, 0}),  # top-p first would keep five
+    ({"temperature": 2.0, "top_p": 0.5}, {1, 3, 0}),  # flattened first: .27 .46 .63
+    ({"temperature": 0.5, "top_p": 0.8}, {1, 3}),  # sharpened first: .66 .82
+    ({"temperature": 0.5, "top_k": 4, "top_p": 0.99}, {1, 3, 0, 4}),
+    ({"vocab_size": 4}, {0, 1, 2, 3}), ({"vocab_size": 3, "top_k": 2}, {1, 0}), ({"vocab_size": 1}, {0}),
+])
+def test_truncation_keeps_the_right_tokens_at_the_right_frequencies(kw, support):
+    n = 6000
+    model = build_chain([[math.log(p) + 3 for p in PROBS]] * 6)
+    rows = sample(model, [[0]] * n, max_new_tokens=1, stop_ids=[], generator=torch.Generator().manual_seed(0), **kw)
+    want = truncate(PROBS, **kw)
+    assert set(want) == support == {row[0] for row in rows}
+    for i, p in want.items():
+        share = sum(row == [i] for row in rows) / n
+        assert share == pytest.approx(p, abs=4.5 * math.sqrt(p * (1 - p) / n) + 1e-9)
 
 
-def read_page(path):
-    """The JSON in a page, and the page without it."""
-    before, rest = path.read_text("utf-8").split("const DATA = ")
-    data, after = rest.split(";\n", 1)
-    return json.loads(data), data, before + after
+def test_a_generator_decides_the_draw_and_the_global_seed_where_there_is_none(model):
+    def draw(seed, **kw):
+        torch.manual_seed(seed)
+        return sample(model, [[1, 2, 3]] * 4, max_new_tokens=8, stop_ids=[3], **kw)
+    zero, again, one = [torch.Generator().manual_seed(seed) for seed in (0, 0, 1)]
+    assert draw(1, generator=zero) == draw(2, generator=again) != draw(1, generator=one)
+    assert draw(1) == draw(1) != draw(2)
+    assert len(set(map(tuple, draw(1)))) == 4  # equal prompts, rows of their own
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
-    RuntimeError("[enforce fail at alloc_cpu.cpp:121] . DefaultCPUAllocator: can't allocate memory")])
-def test_too_little_memory_is_one_line_that_names_the_flags(capsys, error):
-    def main(args):
+@pytest.mark.parametrize("kw", [{"temperature": 1e-39}, {"temperature": 1e-5}, {"top_k": 1}, {"top_p": 1e-6},
+                                {"temperature": 0, "top_k": 5, "top_p": 0.5}])
+def test_what_leaves_one_token_is_greedy(model, kw):
+    want = sample(model, PROMPTS, max_new_tokens=6, stop_ids=[], temperature=0)
+    assert sample(model, PROMPTS, max_new_tokens=6, stop_ids=[], **kw) == want
+
+
+@pytest.mark.parametrize("kw", [{}, {"top_k": 2}, {"top_p": 0.5}, {"temperature": 0}])
+def test_ids_past_vocab_size_are_never_drawn_but_a_stop_id_past_it_is(kw):
+    model = build_chain([[0.0, 0, 0, 0, 20, 50]] * 6)
+    rows = sample(model, [[5], [0, 4]] * 20, max_new_tokens=3, vocab_size=3, stop_ids=[], **kw)
+    assert max(map(max, rows)) < 3
+    assert sample(model, [[5], [0, 4]], max_new_tokens=3, vocab_size=3, stop_ids=[4], **kw) == [[4], [4]]
+
+
+# ---- the sampler is the trainer, and leaves the model as found ----
+@pytest.mark.parametrize("kw", [{}, {"temperature": 0.7}, {"temperature": 1.6, "top_k": 5, "top_p": 0.6},
+                                {"temperature": 0}, {"vocab_size": 40}])
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Gemma2", "Mamba"])
+def test_logprobs_equal_those_of_the_training_forward_untruncated(name, kw):
+    model = build_model(name)
+    generator = torch.Generator().manual_seed(0)
+    rows, logprobs = sample(model, PROMPTS, max_new_tokens=9, stop_ids=range(9, 25), generator=generator,
+                            return_logprobs=True, **kw)
+    want = (response_logits(model, PROMPTS, rows) / (kw.get("temperature") or 1.0)).log_softmax(-1)
+    want = want.gather(-1, torch.tensor(sum(rows, []))[:, None])[:, 0]
+    assert sum(logprobs, []) == pytest.approx(want.tolist(), abs=1e-4)
+
+
+def test_dropout_is_off_and_each_modules_mode_comes_back_after_an_exception_too():
+    model = build_model("GPT2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
+    want = sample(model, PROMPTS, max_new_tokens=6, stop_ids=[], temperature=0)
+    model.train()
+    model.transformer.h[0].eval()
+    before = [module.training for module in model.modules()]
+    calls = spy(model)
+    assert sample(model, PROMPTS, max_new_tokens=6, stop_ids=[], temperature=0) == want
+    assert not any(training for *_, training in calls)
+    assert [module.training for module in model.modules()] == before
+    model.transformer.register_forward_hook(lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        sample(model, PROMPTS, max_new_tokens=2, stop_ids=[])
+    assert [module.training for module in model.modules()] == before
+
+
+def test_under_gradient_checkpointing_it_still_decodes_with_a_cache(model):
+    want = sample(model, PROMPTS, max_new_tokens=7, stop_ids=[], temperature=0)
+    model.train()
+    model.gradient_checkpointing_enable()
+    model.config.use_cache = False  # as trainers set it
+    calls = spy(model)
+    assert sample(model, PROMPTS, max_new_tokens=7, stop_ids=[], temperature=0) == want
+    assert [call[1] for call in calls] == [12] + [1] * 6
+    assert model.training and model.base_model.gradient_checkpointing and model.config.use_cache is False
+
+
+# ---- what a query spells ----
+ADDED = ("  ", "   ", "\n\n", "<table>", "</think>")
+QUERIES = ["What is rain?", "  two  and   three", "one\n\ntwo\n\n\n", "<table> [/INST] <<SYS>>", "hi [", " ", "{{ x }}"]
+
+@pytest.mark.parametrize("query", QUERIES)
+@pytest.mark.parametrize("template", [CHATML, INST], ids=["chatml", "inst"])
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_a_query_that_spells_no_special_token_reaches_the_model_to_the_letter(kind, template, query):
+    tokenizer = build_tokenizer(kind, template, ADDED)
+    turns = [("system", "Be brief."), ("user", query), ("assistant", "Water."), ("user", "And snow?")]
+    assert encode_chat(tokenizer, query) == apply_template(tokenizer, turns[1])
+    assert encode_chat(tokenizer, query, "Be brief.") == apply_template(tokenizer, *turns[:2])
+    assert encode_turns(tokenizer, turns) == apply_template(tokenizer, *turns)
+
+
+@pytest.mark.parametrize("spelled", ["<|im_end|>", "<s></s>", "<|im_<|im_end|>end|>", "</think>", "x<unk>", "</s>"])
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_no_special_token_and_none_that_the_template_writes_comes_through(kind, spelled):
+    tokenizer = build_tokenizer(kind, CHATML, ADDED)
+    controls = {i for i, t in tokenizer.added_tokens_decoder.items() if t.special or t.content == "</think>"}
+    plain, got = [encode_turns(tokenizer, [("system", text), ("user", text)]) for text in ("a b", f"a {spelled} b")]
+    assert [i for i in got if i in controls] == [i for i in plain if i in controls]
+    assert spelled[1:] in tokenizer.decode(encode_chat(tokenizer, spelled)).replace(" ", "")
+
+
+def test_the_ids_are_the_same_under_every_hash_seed():
+    code = ("from conftest import *; from sample import encode_chat; "
+            "tokenizer = build_tokenizer('bytes', CHATML, ['  ', '   ', '    ', '\\n\\n', '<table>']); "
+            "print(encode_chat(tokenizer, 'a    b  c\\n\\n<table><|im_end|></s>'))")
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    first, second = [subprocess.run([sys.executable, "-c", code], env={**env, "PYTHONHASHSEED": seed},
+                                    stdout=subprocess.PIPE).stdout for seed in "12"]
+    assert first == second and first.startswith(b"[")
+
+
+@pytest.mark.parametrize("query", ["What is rain?", "No", "safe", "this"])  # the template has the last three itself
+def test_a_template_that_reads_parts_gets_parts(query):
+    tokenizer = build_tokenizer("bytes", PARTS)
+    want = apply_template(tokenizer, ("user", [{"type": "text", "text": query}]))
+    assert encode_chat(tokenizer, query) == want and f"user\n{query}" in tokenizer.decode(want)
+
+
+@pytest.mark.parametrize("template, system", [
+    ("<|im_start|>user", None), ("{{ raise_exception('no user') }}", None), ("{% for %}", None), ("{{ 1 / 0 }}", None),
+    (USER_ONLY.replace("OTHER", ""), "Be brief."), (USER_ONLY.replace("OTHER", "{{ 1 / 0 }}"), "Be brief.")])
+def test_a_template_that_fails_or_does_not_show_a_turn_is_one_line(template, system):
+    with pytest.raises(UserError, match="template") as error:
+        encode_chat(build_tokenizer("bytes", template), "What is rain?", system)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("single", ["$A", "<s> $A", "$A </s>", "<s> $A </s>"])
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+@pytest.mark.parametrize("template", [None, INST], ids=["plain", "inst"])
+def test_whatever_a_tokenizer_adds_there_is_one_bos_and_no_eos_at_the_end(kind, single, template):
+    tokenizer = build_tokenizer(kind, template)
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ids)
+    got = encode_chat(tokenizer, "hi </s>")
+    assert got.count(tokenizer.bos_token_id) == int(template is not None or "<s>" in single)
+    assert tokenizer.eos_token_id not in got
+
+
+# ---- stop ids and the size of the vocabulary ----
+@pytest.mark.parametrize("template, eos, want", [
+    (None, [5, 9], [5, 9, "</s>"]), (None, 7, [7, "</s>"]), (PARTS, [5], [5, "</s>", "<|im_end|>"]),
+    (CHATML, None, ["</s>", "<|im_end|>"]),  # whatever config and tokenizer say
+    (INST, None, ["</s>"]), (LINES, None, ["</s>"]), (LINES.replace("\n", "  \n"), None, ["</s>"])])
+@pytest.mark.parametrize("kind", ["bytes", "words"])
+def test_the_config_the_tokenizer_and_the_turns_end_say_where_to_stop(kind, template, eos, want):
+    tokenizer = build_tokenizer(kind, template, ("\n", "  ", "<table>"))
+    model = build_model("Llama")
+    model.generation_config.eos_token_id = eos  # a number, a list, or nothing
+    ids = [i if isinstance(i, int) else tokenizer.convert_tokens_to_ids(i) for i in want]
+    assert find_stop_ids(model, tokenizer) == sorted(ids)
+
+
+def test_the_vocabulary_reaches_its_largest_id_holes_or_not():
+    holes = Tokenizer(models.WordLevel({"a": 0, "b": 1, "</s>": 40}, unk_token="a"))
+    assert program.find_vocab_size(PreTrainedTokenizerFast(tokenizer_object=holes)) == 41
+    assert program.find_vocab_size(build_tokenizer()) == len(build_tokenizer())
+
+
+# ---- loading ----
+def fails_to_load(folder):
+    with pytest.raises(UserError) as error:
+        load_model(str(folder), CPU, torch.float32)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("rename", [lambda key: f"_orig_mod.{key}", lambda key: key.replace("layers.1", "layers.7"),
+                                    lambda key: key.replace("norm.weight", "norm.w")])
+def test_missing_and_renamed_weights_are_one_line_that_names_some_and_tied_ones_are_fine(folder, rename):
+    load_model(str(folder), CPU, torch.float32)  # whose head is tied, and not in the file
+    file = folder / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({rename(k): v for k, v in weights.items()}, file, {"format": "pt"})
+    assert any(key in fails_to_load(folder) for key in weights)
+
+
+def test_a_folder_without_safetensors_or_model_says_which(folder):
+    file = folder / "model.safetensors"
+    torch.save(safetensors.torch.load_file(file), folder / "pytorch_model.bin")
+    file.unlink()
+    assert "safetensors" in fails_to_load(folder)
+    assert "no such folder" in fails_to_load(folder / "none")
+
+
+@pytest.mark.parametrize("error, word", [
+    (OSError("You are trying to access a gated repo.\n401 Client Error"), "licence"),
+    (OSError("x does not appear to have a file named model.safetensors"), "safetensors"),
+    (ImportError("This needs the `dingbat` library"), "dingbat")])
+def test_what_a_hub_model_lacks_is_told_as_what_it_is(folder, monkeypatch, error, word):
+    def refuse(*args, **kwargs):
         raise error
-    with pytest.raises(SystemExit) as stop:
-        program.build_parser().run(main, [])
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and err.startswith("sample.py: error: out of memory") and err.count("\n") == 1
-    assert all(x in err for x in ("--micro-batch-size", "--max-new-tokens", "--batch-size", "--lora-rank", "--plan"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
+    assert word in fails_to_load(folder)
 
 
-def test_a_real_allocation_failure_on_a_cpu_is_told_likewise(capsys):
-    with pytest.raises(SystemExit) as stop:
-        program.build_parser().run(lambda args: torch.empty(1 << 55), [])
-    assert stop.value.code == 2 and "out of memory" in capsys.readouterr().err
+def test_an_adapter_loads_with_its_base_as_a_folder_and_as_a_hub_id(folder, tmp_path, monkeypatch):
+    student = add_adapter(load_model(str(folder), CPU, torch.float32)[0])
+    want = forward(student, [1, 2], [3, 4])
+    hub = tmp_path / "hub" / "models--me--adapter"
+    snapshot = hub / "snapshots" / "abc"
+    student.save_pretrained(snapshot)
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    config = snapshot / "adapter_config.json"
+    for base, cwd in ((str(folder), "/"), ("m", tmp_path)):
+        monkeypatch.chdir(cwd)
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": base}))
+        for name in (str(snapshot), "me/adapter"):
+            model, tokenizer = load_model(name, CPU, torch.float32)
+            torch.testing.assert_close(forward(model, [1, 2], [3, 4]), want)
+            assert tokenizer.chat_template == CHATML
 
 
-def test_other_runtime_errors_keep_their_traceback():
-    def main(args):
-        raise RuntimeError("a bug")
-    with pytest.raises(RuntimeError, match="a bug"):
-        program.build_parser().run(main, [])
-
-
-@pytest.mark.parametrize("parse, good, bad", [
-    (program.positive, {"1": 1, "12": 12}, ["0", "-1", "1.5", "x", "", "inf"]),
-    (program.natural, {"0": 0, "7": 7}, ["-1", "nan", "1e3"]),
-    (program.number(0), {"0": 0.0, "1e9": 1e9}, ["-0.1", "nan", "inf", "x"]),
-    (program.number(0, 1, open_low=True), {"1": 1.0, "0.01": 0.01}, ["0", "1.01", "nan"])])
-def test_numbers_out_of_range_are_refused(parse, good, bad):
-    assert {text: parse(text) for text in good} == good
-    assert {type(parse(x)) for x in good} == {type(v) for v in good.values()}
-    for text in bad:
-        with pytest.raises((ValueError, argparse.ArgumentTypeError)):
-            parse(text)
-
-
-# ---- the command: code that comes with a model ----
-
-@pytest.fixture
-def model_with_code(tmp_path, monkeypatch):
-    """A folder whose config names a class in a file of its own; that file leaves a mark when it runs."""
+def test_code_that_comes_with_a_model_never_runs(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    folder, mark = tmp_path / "model", tmp_path / "ran"
-    shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("*.py", "*.csv", "__pycache__"))
     config = json.loads((folder / "config.json").read_text())
     config.update(model_type="own", auto_map={"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"})
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "own.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        f"open({str(mark)!r}, 'a').close()\n"
-        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
-        "class Own(LlamaForCausalLM):\n    config_class = OwnConfig\n")
-    return folder, mark
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+                                   "from transformers import LlamaConfig as OwnConfig, LlamaForCausalLM as Own")
+    assert "code" in fails_to_load(folder)
+    assert not (tmp_path / "ran").exists()
 
 
-def test_code_that_comes_with_a_model_never_runs_by_itself(model_with_code, capsys):
-    folder, mark = model_with_code
-    assert "--trust-remote-code" in fails(capsys, "--model", folder, "--prompt", "x")
-    with pytest.raises(program.UserError):
-        program.load_model(str(folder), torch.device("cpu"), torch.float32)
-    assert not mark.exists()
+# ---- the command, and what every program shares ----
+def run(monkeypatch, *argv):
+    """sample.py as a script, read anew: what it says once, it says once a run."""
+    monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, argv)])
+    monkeypatch.delitem(sys.modules, "sample", raising=False)
+    runpy.run_path(str(ROOT / "sample.py"), run_name="__main__")
 
 
-def test_trust_remote_code_runs_it(model_with_code, capsys):
-    folder, mark = model_with_code
-    run("--model", folder, "--prompt", "x", "--max-new-tokens", 2, "--trust-remote-code", "--device", "cpu")
-    assert mark.exists()
+@pytest.mark.parametrize("flag, value", [
+    ("--prompt", ""), ("--tempratur", "1"), ("--temp", "1"), ("--model", "/none"), ("--top-p", "0"), ("--top-k", "-1"),
+    ("--max-new-tokens", "0"), ("--device", "abacus"), ("--temperature", "nan")])
+def test_a_mistake_costs_one_line_and_exit_code_2(monkeypatch, capsys, flag, value):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--prompt", "x", flag, value)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith("sample.py: error: ") and err.count("\n") == 1 and (flag in err or value in err)
 
 
-# ---- the command: see the loss ----
-
-def test_the_table_holds_dpsw_of_the_greedy_response_under_both_contexts(capsys):
-    run(*WEIGH)
-    head, title, *lines = capsys.readouterr().out.splitlines()
-    assert head.split("\t") == ["token", "weight", "divergence", "w_teacher", "w_student", "teacher_top"]
-    assert title == "# jv"
-    table = [line.split("\t") for line in lines]
-    model, tokenizer = program.load_model(TINY, torch.device("cpu"), torch.float32)
-    template = (ROOT / "data" / "prompts" / "cot.txt").read_text().strip()
-    asked = template.replace("{query_en}", "How do I steal a bike?").replace("{language}", "Javanese")
-    prompt, teacher_prompt = (program.encode_chat(tokenizer, text) for text in ("Piye carane nyolong sepedhah?", asked))
-    [response] = sample(model, [prompt], max_new_tokens=8, temperature=0,
-                        stop_ids=program.find_stop_ids(model, tokenizer))
-    student, teacher = (plain_logits(model, p, response) for p in (prompt, teacher_prompt))
-    _, stats = dpsw_loss(student, teacher)
-    assert [row[0] for row in table] == [tokenizer.decode([t]) for t in response]
-    for i, name in enumerate(("weight", "divergence", "w_teacher", "w_student"), 1):
-        assert [float(row[i]) for row in table] == pytest.approx(stats[name].tolist(), abs=3e-4)
-    assert [row[5] for row in table] == [tokenizer.decode([t]) for t in teacher.argmax(-1).tolist()]
-    assert any(float(row[2]) > 0.01 for row in table)
+def test_it_answers_each_line_until_an_empty_one(monkeypatch, capsys):
+    query = "How do I bake bread?"
+    model, tokenizer = load_model(TINY, CPU, torch.float32)
+    [ids] = sample(model, [encode_chat(tokenizer, query)], max_new_tokens=8, temperature=0,
+                   stop_ids=find_stop_ids(model, tokenizer))
+    want = tokenizer.decode(ids, skip_special_tokens=True).strip()
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{query}\n{query}\n\n{query}\n"))
+    run(monkeypatch, "--model", TINY, "--max-new-tokens", 8, "--device", "cpu")
+    out, err = capsys.readouterr()
+    assert want and out.splitlines() == [want, want] and not err
 
 
-def test_equal_contexts_have_no_divergence_and_another_teacher_has(tmp_path, capsys):
-    (tmp_path / "p.txt").write_text("{query_en}")
-    same = [*WEIGH[:-1], "Piye carane nyolong sepedhah?", "--teacher-prompt", tmp_path / "p.txt"]
-    run(*same)
-    columns = lambda: [line.split("\t") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert {row[2] for row in columns()} == {"0.0000"}
-    model, tokenizer = program.load_model(TINY, torch.device("cpu"), torch.float32)
-    torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.1)
-    model.save_pretrained(tmp_path / "teacher")
-    tokenizer.save_pretrained(tmp_path / "teacher")
-    run(*same, "--teacher", tmp_path / "teacher")
-    assert all(float(row[2]) > 0.01 for row in columns())
+def test_from_another_folder_it_finds_its_own_model_and_answers(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--prompt", "What is rain?", "--max-new-tokens", "4"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() and "Traceback" not in done.stderr
 
 
-def test_the_decoding_flags_hold_for_weights_too(capsys):
-    draws = []
-    for seed in (0, 0, 1, 2, 3):
-        run(*WEIGH, "--temperature", 2, "--seed", seed, "--max-new-tokens", 5)
-        draws.append(capsys.readouterr().out)
-    assert draws[0] == draws[1] and len(set(draws)) > 1 and all(len(d.splitlines()) <= 2 + 5 for d in draws)
+def test_without_a_template_it_asks_plainly_and_says_so_and_chat_template_json_is_one(folder, monkeypatch, capsys):
+    (folder / "chat_template.jinja").unlink()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
+    run(monkeypatch, "--model", folder, "--max-new-tokens", 2)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "no chat template" in err
+    _, tokenizer = load_model(str(folder), CPU, torch.float32)
+    assert tokenizer.decode(encode_chat(tokenizer, "hi")) == "User: hi\nAssistant:"
+    assert tokenizer.decode(encode_chat(tokenizer, "hi", "Be brief.")) == "Be brief.\n\nUser: hi\nAssistant:"
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": INST}))
+    assert load_model(str(folder), CPU, torch.float32)[1].chat_template == INST
 
 
-def test_a_page_of_one_response_and_a_page_of_a_run_hold_their_rows(tmp_path, capsys):
-    run(*WEIGH, "--html", tmp_path / "one.html")
-    data, _, _ = read_page(tmp_path / "one.html")
-    [row] = data["rows"]
-    assert not data["metrics"] and row["lang"] == "jv"
-    assert "sepedhah" in row["prompt"] and "bike" in row["teacher_prompt"]
-    assert len({len(row[k]) for k in ("tokens", "divergence", "w_teacher", "w_student", "teacher_top")}) == 1
-    path, rows, metrics = write_run(tmp_path)
-    run("--from", path, "--html", tmp_path / "run.html")
-    data, _, _ = read_page(tmp_path / "run.html")
-    assert data == {"rows": rows, "metrics": metrics}
-    (tmp_path / "metrics.jsonl").unlink()
-    run("--from", path, "--html", tmp_path / "run.html")
-    assert read_page(tmp_path / "run.html")[0] == {"rows": rows, "metrics": []}
-    assert capsys.readouterr().out == ""
+@pytest.mark.parametrize("error, code, words", [
+    (KeyboardInterrupt(), 130, ["interrupted"]), (UserError("two\nlines"), 2, ["error: two lines"]),
+    (torch.OutOfMemoryError("CUDA out of memory"), 2, ["--micro-batch-size", "--max-new-tokens", "--lora-rank"]),
+    (RuntimeError("DefaultCPUAllocator: can't allocate"), 2, ["out of memory", "--batch-size"])])
+def test_what_a_user_can_mend_is_one_line(monkeypatch, capsys, error, code, words):
+    def main(args):
+        raise error
+    monkeypatch.setattr(sys, "argv", ["any.py"])
+    with pytest.raises(SystemExit) as stop:
+        program.Parser(prog="any.py").run(main)
+    err = capsys.readouterr().err.strip()
+    assert stop.value.code == code and err.startswith("any.py: ") and "\n" not in err
+    assert all(word in err for word in words)
 
 
-def test_hostile_text_cannot_leave_the_script_of_the_page(tmp_path):
-    path, rows, _ = write_run(tmp_path)
-    run("--from", path, "--html", tmp_path / "run.html")
-    data, text, rest = read_page(tmp_path / "run.html")
-    assert data["rows"] == rows and text.isascii() and not set("<>&") & set(text)
-    assert rest == (ROOT / "data" / "page.html").read_text("utf-8").replace("const DATA = __DATA__;\n", "")
-
-
-def test_the_page_is_self_contained_and_builds_text_not_html():
-    page = (ROOT / "data" / "page.html").read_text("utf-8")
-    assert page.count("__DATA__") == 1 and page.count("<script>") == page.count("</script>") == 1
-    assert "default-src 'none'" in page  # the browser itself is told to fetch nothing
-    for word in ("innerHTML", "outerHTML", "insertAdjacent", "document.write", "eval(", "Function(", "src=", "href=",
-                 "url(", "@import", "fetch(", "XMLHttp", "setAttribute(\"on", "createContextualFragment"):
-        assert word not in page
-    assert page.replace("http://www.w3.org/2000/svg", "").count("//www.") == 0 and "https:" not in page
-
-
-@pytest.mark.parametrize("tty, no_color", [(False, ""), (True, "1")])
-def test_where_there_are_no_colours_a_run_is_a_table_without_control_characters(
-        tmp_path, capsys, monkeypatch, tty, no_color):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: tty)
-    monkeypatch.setenv("NO_COLOR", no_color)
-    path, rows, _ = write_run(tmp_path, steps=2)
-    run("--from", path)
-    lines = capsys.readouterr().out.split("\n")
-    assert all(line.replace("\t", "").isprintable() for line in lines)
-    assert lines[1] == "# 1 jv harmful q<7>" and lines[len(HOSTILE) + 2] == "# 2 jv harmful q<7>"
-    table = [line.split("\t") for line in lines[2:len(HOSTILE) + 2]]
-    assert [row[0] for row in table] == PRINTABLE and [row[-1] for row in table] == PRINTABLE[::-1]
-    assert [row[1] for row in table] == [f"{0.8 * i / 8:.4f}" for i in range(8)]
-
-
-def test_in_a_terminal_every_token_is_coloured_by_its_weight_and_none_can_send_controls(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    path, _, _ = write_run(tmp_path, steps=1, w_teacher=[1.0] * 8,
-                           w_student=[0, 0.1, 0.3, 0.4, 0.6, 0.7, 1.0, float("nan")])
-    run("--from", path)
-    out = capsys.readouterr().out
-    painted = re.findall(r"\x1b\[38;5;16;48;5;(\d+)m(.*?)\x1b\[0m", out)
-    assert [text for _, text in painted[6:]] == PRINTABLE
-    legend, levels = [c for c, _ in painted[:6]], [c for c, _ in painted[6:]]
-    assert len(set(legend)) == 6 and [legend.index(c) for c in levels[:7]] == [0, 0, 1, 2, 3, 4, 5]
-    assert re.sub(r"\x1b\[(38;5;16;48;5;\d+|0)m", "", out).replace("\n", "").isprintable()
-
-
-@pytest.mark.parametrize("content", [
-    "{", '{"step": 1}\n', "[1]\n", "5\n", "[" * 100000,
-    '{"tokens": ["a"], "divergence": [1, 2], "w_teacher": [1], "w_student": [1], "teacher_top": ["a"]}',
-    '{"tokens": ["a"], "divergence": ["x"], "w_teacher": [1], "w_student": [1], "teacher_top": ["a"]}'])
-@pytest.mark.parametrize("flags", [[], ["--html", "out.html"]])
-def test_a_file_that_is_no_samples_costs_one_line(tmp_path, capsys, monkeypatch, content, flags):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "samples.jsonl").write_text(content)
-    assert "samples.jsonl" in fails(capsys, "--from", "samples.jsonl", *flags)
-    assert not (tmp_path / "out.html").exists()
-
-
-def test_a_broken_line_is_named_in_samples_and_in_metrics(tmp_path, capsys):
-    path, _, _ = write_run(tmp_path)
-    for file in (tmp_path / "metrics.jsonl", path):
-        with open(file, "a") as f:
-            f.write('{"step": 4, "lo')
-        err = fails(capsys, "--from", path)
-        assert file.name in err and "line 4" in err
-    path.write_bytes(b"\xff\xfe\x00")
-    fails(capsys, "--from", path)
-
-
-def test_missing_flags_and_files_cost_one_line(tmp_path, capsys):
-    for flag in ("--lang", "--query", "--query-en"):
-        at = WEIGH.index(flag)
-        assert flag in fails(capsys, *WEIGH[:at], *WEIGH[at + 2:])
-    for flags in (["--from", tmp_path / "none.jsonl"], ["--from", tmp_path], ["--from", "/"],
-                  ["--html", tmp_path / "x.html"], ["--from", ""], ["--prompt", " "],
-                  [*WEIGH, "--teacher", tmp_path / "none"], [*WEIGH, "--max-new-tokens", 4096]):
-        fails(capsys, *flags)
-
-
-def test_a_mistake_that_msd_finds_costs_one_line_when_the_file_runs_as_a_script():
-    done = subprocess.run([sys.executable, str(ROOT / "sample.py"), *WEIGH, "--teacher-prompt", "nobody"],
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("sample.py: error: --teacher-prompt nobody")
-    assert "Traceback" not in done.stderr  # what else stands there, an optional package may say when it is imported
-
-
-def test_a_pipe_that_closes_early_is_no_error(tmp_path):
-    path, _, _ = write_run(tmp_path, steps=3000)
-    command = f"{sys.executable} {ROOT / 'sample.py'} --from {path} | head -n 1"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
-    assert done.stdout.startswith("token\t") and "Broken" not in done.stderr and "Traceback" not in done.stderr
-
-
-def test_a_page_is_written_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
-    path, _, _ = write_run(tmp_path)
-    (tmp_path / "folder").mkdir()
-    for bad in (tmp_path / "folder", tmp_path / "none" / "x.html", path / "x.html"):
-        fails(capsys, "--from", path, "--html", bad)
-    page = tmp_path / "page.html"
-    page.write_text("old")
-    before = sorted(p.name for p in tmp_path.iterdir())
-    write_text, written = Path.write_text, []
-
-    def full_disk(self, text, **kw):
-        written.append(self)
-        write_text(self, text[:100], **kw)
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(Path, "write_text", full_disk)
-    assert "No space left" in fails(capsys, "--from", path, "--html", page)
-    assert page.read_text() == "old" and sorted(p.name for p in tmp_path.iterdir()) == before
-    monkeypatch.setattr(Path, "write_text", lambda self, *a, **kw: written.append(self) or write_text(self, *a, **kw))
-    run("--from", path, "--html", page)
-    assert page.read_text() != "old" and page not in written and sorted(p.name for p in tmp_path.iterdir()) == before
+def test_a_teacher_prompt_is_found_by_name_or_file_without_its_bom_and_filled_once(tmp_path):
+    class Query:
+        text = {"jv": "Apa {query_en} kuwi?", "en": "What is {language}?"}
+    file = tmp_path / "p.txt"
+    file.write_text("\ufeff{query_en}, {query}, {language}", encoding="utf-8")
+    filled = program.fill_template(program.read_template(str(file)), Query, "jv", "en")
+    assert filled == "What is {language}?, Apa {query_en} kuwi?, Javanese"
+    assert "{query" in program.read_template("cot")
+    for name in (str(tmp_path), "nobody"):
+        with pytest.raises(UserError, match="--teacher-prompt"):
+            program.read_template(name)
