@@ -14,6 +14,8 @@ summaries of the paper. Ours: the weights are constants to autograd (else the lo
 raising p_S alone), the top K is renormalised, K is at most V, and K = 1 gives w^T = 1. The gradient
 reaches the student only. Needs torch, and nothing else.
 """
+import math
+
 import torch
 
 
@@ -122,7 +124,7 @@ def weigh(student_logp, teacher_logp, response_ids, options):
     entropy = -(top_logp.exp() * top_logp).sum(-1)  # H_K, nats
     w_teacher = torch.ones_like(entropy)
     if K > 1:
-        w_teacher = (1 - entropy / torch.tensor(float(K)).log()).clamp(0, 1)
+        w_teacher = (1 - entropy / math.log(K)).clamp(0, 1)
 
     token = top_ids[:, 0] if options["student_view"] == "teacher" else response_ids.long()  # (n,)
     w_student = 1 - student_logp.gather(-1, token[:, None])[:, 0].exp()

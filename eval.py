@@ -12,6 +12,7 @@ import glob
 import itertools
 import json
 import math
+import pickle
 import re
 import string
 from operator import itemgetter
@@ -260,14 +261,10 @@ def format_selectivity(found):
     return text
 
 
-def print_rates(run, base=None, seed=0):
-    """Print the table and the selectivity of a run, (rows, items), and how a base's changed."""
-    base_rows = ()
-    if base:
-        compare(*run, *base, seed)
-        base_rows = base[0]
-    print(format_table(run[0]))
-    print(format_selectivity(measure_selectivity(run[0], base_rows)), end="", flush=True)
+def print_rates(rows, base_rows=()):
+    """Print the table and the selectivity of rows that were compared with a base's."""
+    print(format_table(rows))
+    print(format_selectivity(measure_selectivity(rows, base_rows)), end="", flush=True)
 
 
 def draw(rows, path):
@@ -287,7 +284,8 @@ def told_in_a_line(what):
     """Whatever is wrong with a file, or with what it holds, becomes one line: UserError."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
+            pickle.UnpicklingError) as e:
         raise UserError(f"{what}: {type(e).__name__}: {e}") from None
 
 
@@ -403,7 +401,7 @@ def report(args, runs, judge):
         found = {"results": rows, "config": {**vars(args), "judged_by": judge}}
         write(args.out, json.dumps(found, ensure_ascii=False, indent=1))
     print(f"{args.rejudge or args.model}, judged by {judge}")
-    print_rates(*runs, seed=args.seed)
+    print_rates(*(run[0] for run in runs))
     if args.plot:
         draw(rows, args.plot)
 
@@ -477,5 +475,4 @@ def build_parser():
 
 
 if __name__ == "__main__":
-    from eval import build_parser, main  # as msd.py imports it
     build_parser().run(main)

@@ -48,7 +48,7 @@ except ImportError:  # not on Windows
 
 JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
 MAX_BAD_STEPS = 5  # in a row, of a loss or gradient that is not finite
-MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite"}
+MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite", "prompt"}
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -105,8 +105,8 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
 
 
 def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
-    """Score every response token under both contexts and backpropagate the step's loss, a micro-batch
-    of rows of like length at a time: how they are cut does not change the gradient.
+    """Score every response token under both contexts and backpropagate the step's loss, a
+    micro-batch of rows of like length at a time: how they are cut does not change the gradient.
 
     prompts, responses: lists of lists of ids. Returns (loss in nats, scores): of each response, in
     order, dpsw's stats as tensors (L,), and of the first and the last `teacher_top`, ids (L,).
@@ -145,13 +145,17 @@ def pick_batch(args, pools, step):
     """The (query, language) pairs of a step, a function of (seed, step) alone: benign queries are
     --benign-fraction of them where there are others, too; a pool goes round in a shuffled order.
     pools: {"other": pairs, "benign": pairs}."""
-    benign = round(args.batch_size * args.benign_fraction)
+    share = args.batch_size * args.benign_fraction
     if not (pools["benign"] and pools["other"]):
-        benign = args.batch_size if pools["benign"] else 0
+        share = args.batch_size if pools["benign"] else 0
+    first = round(step * share)  # benign queries before this step, and after it
+    last = round((step + 1) * share)
+    spans = {"other": range(step * args.batch_size - first, (step + 1) * args.batch_size - last),
+             "benign": range(first, last)}
     batch = []
-    for name, n in (("other", args.batch_size - benign), ("benign", benign)):
+    for name, span in spans.items():
         pairs = pools[name]
-        for i in range(step * n, (step + 1) * n):
+        for i in span:
             epoch, at = divmod(i, len(pairs))
             rng = random.Random(f"{args.seed} {name} {epoch}")
             batch.append(rng.sample(pairs, len(pairs))[at])
@@ -185,7 +189,7 @@ def write_teacher_prompts(args, teacher, tokenizer, template, batch):
 
 @torch.no_grad()
 def update_ema(teacher, student, decay):
-    """teacher ← decay · teacher + (1 − decay) · student, of what is trained (the rest is shared)."""
+    """teacher ← decay · teacher + (1 − decay) · student, of what is trained: the rest is shared."""
     for p, q in zip(student.parameters(), teacher.parameters()):
         if p.requires_grad:
             q.lerp_(p, 1 - decay)
@@ -214,7 +218,7 @@ def load_models(args, device, dtype):
 
 
 def copy_frozen(model):
-    """A copy that is never trained; it shares the weights that are not trained in `model` either."""
+    """A copy that is never trained; it shares the weights that `model` does not train either."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
     return copy.deepcopy(model, shared).requires_grad_(False).eval()
 
@@ -239,25 +243,29 @@ def read_data(args, langs):
     """(the queries to judge, cells (path, language, queries), the queries to train on): those of
     --data that are not held out, nor in --eval-data. Raises UserError."""
     asked = evaluation.split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
-    options = dict(source_lang=args.source_lang, limit=args.eval_limit or None)
-    heldout = evaluation.read_heldout(args.eval_data, asked, split="all", **options)
-    known = {query.key for _, _, queries in heldout for query in queries}
+    read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang)
+    known = set()
+    for _, _, queries in read(args.kept_out, split="all"):
+        known.update(" ".join(query.key.split()) for query in queries)
+    limit = args.eval_limit or None
+    heldout = read(args.eval_data, split="all", limit=limit)
     if args.eval_every and args.holdout:
-        heldout = heldout + evaluation.read_heldout(
-            args.data, asked, label=args.label, holdout=args.holdout, **options)
+        heldout = heldout + read(args.data, label=args.label, holdout=args.holdout, limit=limit)
+
     training = []
     for path in args.data:
         try:
             queries = load_queries(path, [args.source_lang, *langs], args.label)
         except ValueError as e:
             raise UserError(e) from None
-        training += [q for q in split(queries, args.holdout)[0] if q.key not in known]
+        training += [query for query in split(queries, args.holdout)[0]
+                     if " ".join(query.key.split()) not in known]
     return heldout, training
 
 
 def make_pools(args, model, tokenizer, template, langs, queries):
-    """{"benign", "other": (query, language) pairs} of which both prompts leave room for a response in
-    the model's context; the others are counted. Raises UserError if none does."""
+    """{"benign", "other": (query, language) pairs} of which both prompts leave room for a response
+    in the model's context; the others are counted. Raises UserError if none does."""
     room = find_context(model) - args.max_new_tokens - args.cot_tokens - 16
     pools = {"benign": [], "other": []}
     for query, lang in itertools.product(queries, langs):
@@ -269,7 +277,7 @@ def make_pools(args, model, tokenizer, template, langs, queries):
         tell(f"note: {skipped} queries do not fit the model's context: skipped")
     if not kept:
         raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or "
-                        "give more --data")
+                        "give more --data (what is in --eval-data is never trained on)")
     return pools
 
 
@@ -304,20 +312,38 @@ def preflight(args, student, teacher, tokenizer, template, pools):
 # --- what a run leaves ---
 
 def check_out(args):
-    """Refuse to write over another run, or to resume with other flags. Raises UserError."""
+    """Refuse to write over what is there, or to resume with other flags; under --resume keep out of
+    training what was kept out. Raises UserError."""
     out = Path(args.out)
+    files = {path.name for path in out.glob("*")}
+    before = {}
+    if "args.json" in files:
+        with evaluation.told_in_a_line(out):
+            before = json.loads(Path(out, "args.json").read_text(encoding="utf-8"))
+    args.kept_out = args.eval_data
     if args.resume:
-        if not Path(out, "checkpoint.pt").is_file():
+        if "checkpoint.pt" not in files:
             raise UserError(f"--resume: there is no checkpoint in {out}")
-        before = json.loads(Path(out, "args.json").read_text(encoding="utf-8"))
+        args.kept_out = before.get("kept_out")
         for name, value in vars(args).items():
             if name not in MAY_CHANGE and name[:5] != "eval_" and before.get(name) != value:
                 raise UserError(f"--resume: --{name.replace('_', '-')} is {value}, and was "
                                 f"{before.get(name)} in {out}/args.json")
-    elif Path(out, "metrics.jsonl").is_file() and not args.overwrite:
-        raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
-    elif out.exists() and not Path(out, "args.json").is_file() and os.listdir(out):
-        raise UserError(f"--out {out} is there and is no run: name another")
+    elif files - {"args.json", "before.json"}:  # a run that made no step may begin again
+        if "kept_out" not in before:
+            raise UserError(f"--out {out} is there and is no run of msd.py: name another")
+        if not args.overwrite:
+            raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
+
+
+def note_prompt(args, tokenizer, pools):
+    """Keep a prompt in args.json, and say so if it is another than when a resumed run began."""
+    [prompt] = write_student_prompts(args, tokenizer, sum(pools.values(), [])[:1])
+    args.prompt = tokenizer.decode(prompt)
+    if args.resume:
+        before = json.loads(Path(args.out, "args.json").read_text(encoding="utf-8"))
+        if before["prompt"] != args.prompt:
+            tell("note: the chat template writes another prompt (a date?) than when the run began")
 
 
 def start_out(args):
@@ -329,10 +355,11 @@ def start_out(args):
 
 def list_state(args, student, teacher):
     """The weights that a run changes: the trained ones, and an EMA teacher's averages of them."""
-    trained = [p.requires_grad for p in student.parameters()]
-    models = (student, teacher) if args.teacher == "ema" else (student,)
-    weights = itertools.chain.from_iterable(model.parameters() for model in models)
-    return list(itertools.compress(weights, trained * len(models)))
+    weights = [p for p in student.parameters() if p.requires_grad]
+    if args.teacher == "ema":
+        pairs = zip(student.parameters(), teacher.parameters())
+        weights += [q for p, q in pairs if p.requires_grad]
+    return weights
 
 
 def save_checkpoint(args, step, student, teacher, optimizer):
@@ -345,18 +372,22 @@ def save_checkpoint(args, step, student, teacher, optimizer):
         torch.save(state, f"{path}.tmp")
         Path(f"{path}.tmp").replace(path)
     except (OSError, RuntimeError) as e:  # torch's writer makes a RuntimeError of a full disk
-        raise UserError(f"cannot write {path}: {str(e)[:200]}; the one before it is whole") from None
+        raise UserError(f"cannot write {path}: {str(e)[:200]}; the last is whole") from None
 
 
 @torch.no_grad()
 def load_checkpoint(args, student, teacher, optimizer):
-    """Restore what save_checkpoint wrote, cut what the logs hold beyond it -> steps done."""
-    state = torch.load(Path(args.out, "checkpoint.pt"), student.device, weights_only=True)
-    for p, saved in zip(list_state(args, student, teacher), state["weights"], strict=True):
-        p.copy_(saved)
-    optimizer.load_state_dict(state["optimizer"])
-    for name, size in state["logs"].items():
-        os.truncate(Path(args.out, name), size)
+    """Restore what save_checkpoint wrote, cut what the logs hold beyond it -> steps done. Raises
+    UserError."""
+    with evaluation.told_in_a_line(f"--resume {args.out}"):
+        state = torch.load(Path(args.out, "checkpoint.pt"), student.device, weights_only=True)
+        for p, saved in zip(list_state(args, student, teacher), state["weights"], strict=True):
+            p.copy_(saved)
+        optimizer.load_state_dict(state["optimizer"])
+        for name, size in state["logs"].items():
+            if Path(args.out, name).stat().st_size < size:
+                raise ValueError(f"{name} is shorter than at the checkpoint")
+            os.truncate(Path(args.out, name), size)
     return state["step"]
 
 
@@ -366,7 +397,8 @@ def save_model(args, student, tokenizer, langs):
     student.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     named = ", ".join(LANGUAGES.get(lang, lang) for lang in langs)
-    card = CARD.format(**vars(args), named=named)
+    data = ", ".join(Path(path).name for path in args.data)
+    card = CARD.format(**{**vars(args), "lang": named, "data": data})
     Path(beside, "README.md").write_text(card, encoding="utf-8")
     for path in beside.iterdir():
         path.replace(Path(args.out, path.name))
@@ -376,8 +408,9 @@ def save_model(args, student, tokenizer, langs):
 CARD = """---
 base_model: {model}
 ---
-{model}, trained by multilingual safety self-distillation (MSD, arXiv 2605.02971) on queries in {named},
-without any response data: {policy}-policy, {steps} steps, teacher prompt {teacher_prompt}, data {data}.
+{model}, trained by multilingual safety self-distillation (MSD, arXiv 2605.02971) on queries in
+{lang}, without any response data: {policy}-policy, {steps} steps, teacher prompt {teacher_prompt},
+data {data}.
 
 For research. It does not promise safety: it can be jailbroken, and it can refuse what it should
 answer. It was judged by the tables of its own run alone: measure it on your own data.
@@ -385,9 +418,17 @@ answer. It was judged by the tables of its own run alone: measure it on your own
 
 
 def append_line(args, name, row):
-    """A line more in a .jsonl file of --out."""
+    """A line more in a .jsonl file of --out; what is not finite becomes null."""
     with open(Path(args.out, name), "a", encoding="utf-8") as f:
+        row = {name: to_json(x) for name, x in row.items()}
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def to_json(x):
+    """A value of a log, or a list of them: null where it is not finite, which JSON has no word for."""
+    if isinstance(x, list):
+        return [to_json(y) for y in x]
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def summarise(scores, responses, stop_ids):
@@ -414,13 +455,14 @@ def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, sco
 
 
 def write_page(args):
-    """page.html: both logs in data/page.html. What a model wrote cannot run in it: the data is ASCII
-    without < > &, and so cannot end its script element."""
-    metrics, rows = (Path(args.out, name).read_text(encoding="utf-8").splitlines() for name in LOGS)
-    data = json.dumps({"metrics": [*map(json.loads, metrics)], "rows": [*map(json.loads, rows)]})
-    data = re.sub("[<>&]", lambda m: f"\\u{ord(m[0]):04x}", data)
+    """page.html: both logs in data/page.html. What a model wrote cannot run in it: without < > & it
+    cannot end its script element."""
     page = Path(HERE, "data", "page.html").read_text(encoding="utf-8")
-    evaluation.write(Path(args.out, "page.html"), page.replace("__DATA__", data))
+    for name in LOGS:
+        lines = Path(args.out, name).read_text(encoding="utf-8").strip().replace("\n", ",\n")
+        data = re.sub("[<>&]", lambda m: f"\\u{ord(m[0]):04x}", lines)
+        page = page.replace(f"__{name}__", data)
+    evaluation.write(Path(args.out, "page.html"), page)
 
 
 def peak_memory(device):
@@ -441,7 +483,7 @@ def main(args):
     if args.divergence == "jsd" and args.beta in (0, 1):
         raise UserError("--divergence jsd is 0 at --beta 0 and 1: take forward or reverse")
     if args.eval_lang is None:
-        args.eval_lang = "" if args.data else "sw"
+        args.eval_lang = "" if args.data or args.eval_data else "sw"
     args.data = args.data or [find_path("data/queries.csv")]
     args.out = args.out or f"out/{'-'.join(langs)}"
     args.eval_max_new_tokens = args.eval_max_new_tokens or max(32, args.max_new_tokens)
@@ -452,8 +494,9 @@ def main(args):
     student, teacher, tokenizer = load_models(args, *find_device(args.device, args.dtype))
     pools = make_pools(args, student, tokenizer, template, langs, queries)
     optimizer = make_optimizer(args, student)
-    start_out(args)
+    note_prompt(args, tokenizer, pools)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
+    start_out(args)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     print(f"msd: {args.model} on {student.device} in {student.dtype}, {trained:,} weights trained "
           f"on {len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries in "
@@ -464,16 +507,19 @@ def main(args):
         evaluation.evaluate_all, student, tokenizer, heldout, refusals=load_refusals(), seen=langs,
         batch_size=64, max_new_tokens=args.eval_max_new_tokens, system=args.system)
     before = Path(args.out, "before.json")
-    if args.eval_every and not before.is_file():
+    if args.eval_every and not args.resume:
         if args.preflight:
             preflight(args, student, teacher, tokenizer, template, pools)
         evaluation.write(before, json.dumps(judge()))
 
     def show_table():
         rows, items = judge()
-        base = json.loads(before.read_text(encoding="utf-8"))
+        base_rows, base_items = [], []
+        if before.is_file():
+            base_rows, base_items = json.loads(before.read_text(encoding="utf-8"))
+        evaluation.compare(rows, items, base_rows, base_items)
         print(f"\nheld-out queries before (base) and after {step} steps")
-        evaluation.print_rates((rows, items), base)
+        evaluation.print_rates(rows, base_rows)
         evaluation.write(Path(args.out, f"after-{step}.json"), json.dumps((rows, items)))
 
     for step, bad in train(args, student, teacher, tokenizer, template, pools, optimizer, step):

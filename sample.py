@@ -1,12 +1,12 @@
 """A model, its prompt, and a sampler written by hand; a small command to talk to a model.
 
-    python sample.py --model out/jv --prompt "…"      one answer; without --prompt: a conversation
+    python sample.py --model out/jv --prompt "…"      one answer; without --prompt: one a line
 
-Everything goes one way through a model: rows are padded on the *right* and read without a mask, which
-is exact for every causal model, since none looks to the right. `sample` decodes from a KV cache of
-fixed size; `response_hidden` scores responses, and makes the one-token shift. What is known of a
-model only by trying (does its head alone give its logits, does it decode ragged rows as each
-alone) is tried once.
+Everything goes one way through a model: rows are padded on the *right* and read without a mask,
+which is exact for every causal model, since none looks to the right. `sample` decodes from a KV
+cache of fixed size; `response_hidden` scores responses, and makes the one-token shift. What is
+known of a model only by trying (does its head alone give its logits, does it decode ragged rows as
+each alone) is tried once.
 """
 import argparse
 import contextlib
@@ -228,6 +228,8 @@ def try_ragged(model):
         for _ in range(2):
             decoder.step(token)
             steps.append(decoder.logits)
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # no such mask, cache or positions in this model
         return False
     return is_close(torch.stack(steps, 1).flatten(0, 1), expected)
@@ -310,8 +312,8 @@ class Head(torch.nn.Module):
 
 @torch.no_grad()
 def find_head(model, known=weakref.WeakKeyDictionary()):
-    """(decoder, head) such that head(decoder(ids)[0]) are the model's own logits, tried once. Where a
-    head does more than `Head` knows: the model itself and the identity."""
+    """(decoder, head) such that head(decoder(ids)[0]) are the model's own logits, tried once. Where
+    a head does more than `Head` knows: the model itself and the identity."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     if causal.get_output_embeddings() is None:
         return model, torch.nn.Identity()
@@ -389,7 +391,8 @@ def find_controls(tokenizer):
     written = ""
     for roles, open_answer in ((("user",), True), (("user", "assistant"), False)):
         with contextlib.suppress(UserError):  # it knows no answers, or there is none
-            written += probe_template(tokenizer, str(tokenizer.chat_template), roles, open_answer)[1]
+            template = str(tokenizer.chat_template)
+            written += probe_template(tokenizer, template, roles, open_answer)[1]
     return written, {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()
                      if token.special or (str(token).strip() and str(token) in written)}
 
@@ -398,8 +401,8 @@ def break_special(tokenizer, text):
     """`text` with a space in what spells a special token, or an added one that the chat template
     writes itself: a query stays data. Everything else stays to the letter."""
     controls = sorted(find_controls(tokenizer)[1].values(), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, controls)) or "$^"
-    return re.sub(pattern, lambda m: f"{m[0][:1]} {m[0][1:]}", text)
+    pattern = "|".join(map(re.escape, controls)) or "(?!)"
+    return re.sub(pattern, lambda m: f"{m[0][0]} {m[0][1:]}" if m[0][1:] else " ", text)
 
 
 def find_stop_ids(model, tokenizer):
@@ -432,7 +435,7 @@ def read_template(name, flag="--teacher-prompt"):
     except (OSError, ValueError):
         names = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.txt")))
         raise UserError(f"{flag} {name}: neither a readable file nor one of {names}") from None
-    if "{query" not in text:
+    if not re.search(r"\{query(_en)?\}", text):
         raise UserError(f"{flag} {name}: names neither {{query}} nor {{query_en}}")
     return text
 
@@ -520,12 +523,14 @@ def add_model_flags(parser):
 
 
 def find_path(name):
-    """A path that is the same from anywhere: as it is found from here, else beside the program; what
-    is neither (a hub id, `en=FILE`) stays."""
-    for path in (Path(name), HERE / name):
-        if path.exists():
-            return str(path.resolve())
-    return name
+    """A path that is the same from anywhere: as it is found from here, else beside the program;
+    what is neither stays, as a hub id. "en=FILE,jv=FILE" likewise."""
+    for path in (name, HERE / name):
+        if os.path.exists(path):
+            return str(Path(path).resolve())
+    files = re.split(r",?([\w-]+)=", name)
+    return files[0] + ",".join(f"{lang}={find_path(file)}"
+                               for lang, file in zip(files[1::2], files[2::2]))
 
 
 def find_device(name, dtype="auto"):
@@ -576,7 +581,7 @@ def load_model(name, device, dtype):
             base, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
         if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"it lacks {len(missing)} weights, {', '.join(missing[:3])} among them")
+            raise ValueError(f"it lacks {len(missing)} weights, as {', '.join(missing[:3])}")
         if adapter:
             model = peft.PeftModel.from_pretrained(model, name)
     except UserError:
@@ -621,5 +626,4 @@ def build_parser():
 
 
 if __name__ == "__main__":
-    from sample import build_parser, main  # as eval.py and msd.py import it: one UserError
     build_parser().run(main)

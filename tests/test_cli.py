@@ -93,7 +93,7 @@ def fail(capsys, call, *args, code=2):
 
 
 def read_log(out, name="metrics.jsonl"):
-    lines = (out / name).read_text(encoding="utf-8").split("\n")  # U+2028 may stand in a response
+    lines = (out / name).read_bytes().decode().split("\n")  # U+2028 may stand in a response
     assert lines.pop() == ""
     return [json.loads(line) for line in lines]
 
@@ -134,7 +134,7 @@ def test_a_run_leaves_an_ordinary_model_folder_with_a_card(train, folder):
 
 def test_args_json_holds_every_flag(train):
     kept = json.loads((train("o", "--policy", "off") / "args.json").read_text())
-    assert kept.keys() == {action.dest for action in list_flags(msd)}
+    assert kept.keys() == {action.dest for action in list_flags(msd)} | {"prompt", "kept_out"}
     assert (kept["policy"], kept["lang"], kept["lr"]) == ("off", "jv", 0.01)
 
 
@@ -144,7 +144,8 @@ def test_metrics_are_a_line_a_step_with_the_keys_that_are_promised(train):
     for row in rows:
         assert set(KEYS) <= row.keys() and len(row) <= len(KEYS) + 1
         assert row["loss"] > 0 and row["grad_norm"] > 0
-        assert row["tokens_per_s"] == pytest.approx(row["response_tokens"] / row["seconds"])
+        speed = row["response_tokens"] / row["seconds"]
+        assert row["tokens_per_s"] == pytest.approx(speed, rel=1e-4)
         assert 0.1 < row["peak_mem_gb"] < 100
 
 
@@ -156,7 +157,7 @@ def test_the_learning_rate_that_is_told_is_the_one_that_is_used(train):
         rows = read_log(train("o", "--warmup", 3, "--lr", 0.08, steps=6))
     finally:
         hook.remove()
-    assert used == [row["lr"] for row in rows]
+    assert used == pytest.approx([row["lr"] for row in rows], rel=1e-5)
     assert used == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08, 0.08])
 
 
@@ -186,7 +187,7 @@ def test_loss_and_means_follow_from_the_token_lists_of_a_step_of_two(train, flag
         assert row["w_teacher"] == pytest.approx(sum(wt for _, wt, _ in tokens) / n, rel=2e-5)
         assert row["w_student"] == pytest.approx(sum(ws for _, _, ws in tokens) / n, rel=2e-5)
         assert row["weight"] == pytest.approx(sum(wt * ws for _, wt, ws in tokens) / n, rel=2e-5)
-        assert row["response_tokens"] == n and row["response_len"] == n / 2
+        assert row["response_tokens"] == n and row["response_len"] == pytest.approx(n / 2)
 
 
 def test_samples_show_the_first_and_the_last_response_with_both_prompts(train, folder):
@@ -221,8 +222,8 @@ def script_responses(monkeypatch, rows):
 def test_a_response_is_truncated_where_no_stop_ends_it(train, monkeypatch):
     script_responses(monkeypatch, [[7, 8, 4095], [9], []])
     row, *_ = read_log(train("o", "--batch-size", 3))
-    assert row["truncated"] == pytest.approx(2 / 3)
-    assert row["response_tokens"] == 4 and row["response_len"] == pytest.approx(4 / 3)
+    assert row["truncated"] == pytest.approx(2 / 3, rel=1e-4)
+    assert row["response_tokens"] == 4 and row["response_len"] == pytest.approx(4 / 3, rel=1e-4)
 
 
 class PageReader(HTMLParser):
@@ -241,21 +242,42 @@ class PageReader(HTMLParser):
             self.scripts += data
 
 
-def test_the_page_holds_both_logs_and_no_response_can_end_its_script(train, folder, monkeypatch):
-    plain = PageReader()
-    plain.feed((train("plain") / "page.html").read_text(encoding="utf-8"))
-    hostile = "</script><img src=x onerror=alert(1)><!--\u2028&amp;"
+def answer_with(monkeypatch, folder, text):
+    """Let every response be this text."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    script_responses(monkeypatch, [tokenizer(hostile, add_special_tokens=False).input_ids] * 2)
-    out = train("o")
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    return script_responses(monkeypatch, [ids] * 2)
+
+
+def read_page(out):
+    """A run's page, and the data in its script."""
     page = PageReader()
     page.feed((out / "page.html").read_text(encoding="utf-8"))
-    assert page.tags == plain.tags and "img" not in page.tags
     start = page.scripts.index("{", page.scripts.index("DATA = "))
     data, _ = json.JSONDecoder().raw_decode(page.scripts, start)
+    return page, data
+
+
+def test_the_page_holds_both_logs_and_no_response_can_end_its_script(train, folder, monkeypatch):
+    plain, _ = read_page(train("plain"))
+    hostile = "</script><img src=x onerror=alert(1)><!-- <script> &lt;/script&gt;"
+    answer_with(monkeypatch, folder, hostile)
+    out = train("o")
+    page, data = read_page(out)
+    assert page.tags == plain.tags and "img" not in page.tags
     assert data["metrics"] == read_log(out)
     assert data["rows"] == read_log(out, "samples.jsonl")
     assert data["rows"][0]["response"] == hostile
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c", "\r\n"])
+def test_a_response_of_several_lines_is_one_line_of_the_log(train, folder, monkeypatch, mark):
+    answer_with(monkeypatch, folder, f"one{mark}two")
+    out = train("o", "--save-every", 1, steps=1)
+    train("o", "--save-every", 1, "--resume", steps=2)
+    rows = read_log(out, "samples.jsonl")
+    assert [row["response"] for row in rows] == [f"one{mark}two"] * 4
+    assert read_page(out)[1]["rows"] == rows
 
 
 def test_a_lora_run_leaves_an_adapter_that_loads_from_any_folder(train, folder, monkeypatch):
@@ -371,13 +393,20 @@ def test_every_line_of_the_logs_is_json_also_of_a_step_that_is_not_finite(train,
     json.loads(line, parse_constant=refuse)
 
 
-def test_a_step_whose_responses_are_all_empty_changes_nothing(train, folder, monkeypatch):
-    script_responses(monkeypatch, [[], []])
-    out = train("o")
-    assert are_equal(read_weights(out), read_weights(folder))
-    assert [row["loss"] for row in read_log(out)] == [0, 0]
-    assert [row["response_tokens"] for row in read_log(out)] == [0, 0]
-    assert all(line["tokens"] == [] for line in read_log(out, "samples.jsonl"))
+def test_a_step_whose_responses_are_all_empty_is_not_stepped_on(train, monkeypatch):
+    calls = []
+
+    def give(model, prompts, **options):  # after the first step AdamW's moments would move on
+        calls.append(1)
+        return [[7, 8] if len(calls) == 1 else [] for _ in prompts]
+    monkeypatch.setattr(msd, "sample", give)
+    one = train("one", steps=1)
+    calls.clear()
+    out = train("o", steps=3)
+    assert are_equal(read_weights(out), read_weights(one))
+    assert [row["response_tokens"] for row in read_log(out)] == [4, 0, 0]
+    assert [row["loss"] for row in read_log(out)[1:]] == [0, 0]
+    assert [len(line["tokens"]) for line in read_log(out, "samples.jsonl")] == [2, 2, 0, 0, 0, 0]
 
 
 # --- which queries are trained on, and which are judged ---
@@ -616,20 +645,22 @@ def wait_for(stream, pattern):
     raise AssertionError(f"no {pattern!r} in: {said}")
 
 
-@pytest.mark.parametrize("sent, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_a_run_that_is_stopped_goes_on_as_if_it_were_not(train, folder, tmp_path, sent, code):
+def test_a_run_that_is_killed_or_interrupted_goes_on_as_if_it_were_not(train, folder, tmp_path):
     flags = ["--lang", "jv", "--model", folder, "--data", tmp_path / "q.csv", *QUICK,
-             "--out", tmp_path / "o", "--save-every", 2, "--steps", 500]
-    process = start_process(*flags)
-    wait_for(process.stderr, r"\b([3-9]|[1-9]\d+)/500\b")
-    process.send_signal(sent)
-    _, said = process.communicate()
-    assert process.returncode == code and "Traceback" not in said
-    if sent == signal.SIGINT:
-        assert said.strip().splitlines()[-1].startswith("msd.py: ")
-    steps = 2 + torch.load(tmp_path / "o" / "checkpoint.pt", weights_only=True)["step"]
-    train("o", "--save-every", 2, "--resume", steps=steps)
-    check_same_run(tmp_path / "o", train("straight", steps=steps))
+             "--save-every", 2, "--steps", 500]
+    processes = [start_process(*flags, "--out", tmp_path / out) for out in ("killed", "left")]
+    for process, sent, code in zip(processes, (signal.SIGKILL, signal.SIGINT), (-9, 130)):
+        wait_for(process.stderr, r"\b([3-9]|[1-9]\d+)/500\b")
+        process.send_signal(sent)
+        _, said = process.communicate()
+        assert process.returncode == code and "Traceback" not in said
+    assert said.strip().splitlines()[-1].startswith("msd.py: ")
+
+    runs = [tmp_path / "killed", tmp_path / "left"]
+    done = [torch.load(out / "checkpoint.pt", weights_only=True)["step"] for out in runs]
+    straight = train("straight", steps=max(done) + 2)
+    for out in runs:  # from where the last checkpoint stands
+        check_same_run(train(out, "--save-every", 2, "--resume", steps=max(done) + 2), straight)
 
 
 def test_ctrl_c_in_the_preflight_is_one_line_and_the_command_can_be_given_again(
@@ -874,7 +905,7 @@ MISTAKES = [
     "--ema-decay 2", "--lora-rank -1", "--cot-tokens -1", "--dpsw-top-k 0", "--seed -1",
     "--save-every -1", "--eval-every x", "--grad-checkpoint=yes", "--resume=yes", "--preflight -1",
     "--max-grad-norm 0", "--dtype float8", "--device abacus", "--device cuda:99", "--lang xx",
-    "--lang ,", "--lang= ", "--source-lang xx", "--label qa", "--label nobody",
+    "--lang ,", "--lang= ", "--source-lang xx", "--source-lang=", "--label qa", "--label nobody",
     "--teacher-prompt nobody", "--teacher-prompt /", "--model /nowhere", "--data /nowhere.csv",
     "--eval-data /nowhere.csv", "--resume", "--divergence jsd --beta 0",
     "--divergence jsd --beta 1", "--beta 2", "more"]

@@ -355,9 +355,10 @@ def test_what_refuses_everything_has_no_selectivity():
 def test_rates_are_printed_with_what_changed_and_filled_in(capsys):
     run, base = (join(make_run(verdicts), make_run(["answer"] * 4, "benign"))
                  for verdicts in (["safe"] * 4, ["unsafe"] * 4))
-    print_rates(run)
+    print_rates(run[0])
     assert "-1.00" not in capsys.readouterr().out and run[0][0]["base"] is None
-    print_rates(run, base)
+    compare(*run, *base)
+    print_rates(run[0], base[0])
     out = capsys.readouterr().out
     assert "-1.00" in out and run[0][0]["delta"] == -1.0
     assert "selectivity in jv, all data: 1.00" in out and out.endswith("from 0.00\n")

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -350,7 +351,8 @@ def apply(tokenizer, system, query, as_parts):
 
 @fuzz(120)
 @given(tokenizer=tokenizers(), template=templates(), query=TEXTS,
-       plain=st.text("rain?", min_size=1), system=st.none() | st.sampled_from(["Be brief.", "</s><|im_end|>"]))
+       plain=st.text("rain?", min_size=1),
+       system=st.none() | st.sampled_from(["Be brief.", "</s><|im_end|>"]))
 def test_any_template_and_tokenizer_equal_the_reference_or_one_line(
         tokenizer, template, query, plain, system):
     tokenizer.chat_template, kind = template
@@ -423,6 +425,7 @@ def test_any_value_of_any_flag_is_taken_or_costs_one_line(clone, flag, value):
     if action.nargs != 0:
         given_flag += f"={value}"
     name = f"{program.__name__}.py"
+    shutil.rmtree(path / "o", ignore_errors=True)  # an input does not know the one before it
     with pytest.MonkeyPatch.context() as patch, open(path / "err", "w+", encoding="utf-8") as err:
         patch.chdir(path)
         patch.setattr("sys.stdin", open(os.devnull))
@@ -434,6 +437,6 @@ def test_any_value_of_any_flag_is_taken_or_costs_one_line(clone, flag, value):
         except SystemExit as stop:
             err.seek(0)
             told = [line for line in err.read().split("\n") if f"{name}: " in line]
-            assert stop.code == 2 and len(told) == 1 and is_one_line(told[0])
+            assert stop.code == 2 and len(told) == 1 and len(told[0]) < 1000
             assert told[0].startswith(f"{name}: error: ")
             ENDED[f"{name}, a flag: one line"] += 1

@@ -202,8 +202,9 @@ def test_a_micro_batch_holds_rows_of_like_length():
     assert sorted(shapes) == [(1, lengths[4]), (2, lengths[1]), (2, lengths[3])]
 
 
-@pytest.mark.parametrize("pad", ["the stop", "another", "none"])
-@pytest.mark.parametrize("stops", ["one", "two", "never reached"])
+@pytest.mark.parametrize("stops, pad", [
+    ("one", "the stop"), ("several", "the stop"), ("several", "another"),
+    ("never reached", "none")])
 def test_the_first_stop_token_is_in_the_loss_and_nothing_after_it(student, teacher, stops, pad):
     prompts = [[5, 6, 7], [8, 9, 10, 11], [60], [4, 61]]
     free = generate(student, prompts, 12)
