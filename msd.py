@@ -83,7 +83,8 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm).item()
         lr = args.lr * min(1, (step + 1) / (args.warmup + 1))
         bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
-        if not bad and any(responses):
+        skipped = bad > 0 or not any(responses)
+        if not skipped:
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
             if args.teacher == "ema":
@@ -91,12 +92,12 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         optimizer.zero_grad(set_to_none=True)
 
         # 5. tell: a line of numbers, and the first and the last response token by token
-        row = {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": bad > 0,
+        row = {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": skipped,
                **summarise(scores, responses, stop_ids), "peak_mem_gb": peak_memory(student.device),
                "seconds": time.perf_counter() - began}
         row["tokens_per_s"] = row["response_tokens"] / row["seconds"]
         append_line(args, "metrics.jsonl", row)
-        for i in (0, -1):
+        for i in sorted({0, len(batch) - 1}):
             append_line(args, "samples.jsonl", describe(
                 tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
                 responses[i], scores[i]))
@@ -332,6 +333,8 @@ def check_out(args):
     elif files - {"args.json", "before.json"}:  # a run that made no step may begin again
         if "kept_out" not in before:
             raise UserError(f"--out {out} is there and is no run of msd.py: name another")
+        if find_path(args.out) == args.model:
+            raise UserError(f"--out {out} is the model that is to be trained: name another")
         if not args.overwrite:
             raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
 
@@ -478,8 +481,8 @@ def peak_memory(device):
 def main(args):
     """Read the data, load the models, preflight, train, evaluate, save."""
     langs = evaluation.split_langs(args.lang)
-    if not langs:
-        raise UserError("--lang names no language")
+    if not (langs and args.source_lang.strip()):
+        raise UserError("--lang or --source-lang names no language")
     if args.divergence == "jsd" and args.beta in (0, 1):
         raise UserError("--divergence jsd is 0 at --beta 0 and 1: take forward or reverse")
     if args.eval_lang is None:

@@ -939,6 +939,13 @@ def test_an_adapter_is_no_model_to_train(train, capsys, tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_a_run_does_not_overwrite_the_model_that_it_trains(train, capsys):
+    out = train("o")
+    before = take_digest(out)
+    fail(capsys, lambda: train("o", "--model", out, "--overwrite", "--lora-rank", 2))
+    assert take_digest(out) == before
+
+
 def test_a_mistake_leaves_the_run_before_it_as_it_was(train, capsys):
     out = train("o", "--save-every", 1)
     before = take_digest(out)
