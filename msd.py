@@ -428,7 +428,7 @@ def append_line(args, name, row):
 
 
 def to_json(x):
-    """A value of a log, or a list of them: null where it is not finite, which JSON has no word for."""
+    """A value of a log, or a list of them: null where it is not finite, for JSON knows no NaN."""
     if isinstance(x, list):
         return [to_json(y) for y in x]
     return None if isinstance(x, float) and not math.isfinite(x) else x

@@ -1,13 +1,16 @@
-"""The paper's claims, tried in small: python tests/claims.py [--only NAME …]      (half an hour on two cores)
+"""The paper's claims, tried in small: python tests/claims.py [--only NAME …]
 
-Trains the model of --model once a condition and seed, one factor at a time from the defaults of msd.py at equal steps,
-and prints a markdown table: means over seeds with 95 % t-intervals, on held-out queries. Selectivity: harmful queries
-refused − benign ones refused. Unseen: the mean of the languages never trained on, English left out. Drift: KL(before ‖
-after) in nats a token, on the untrained model's own greedy answers to benign queries in English. A run that lies in
---out already is not run again.
+Trains the model of --model once a condition and seed, one factor at a time from the defaults of
+msd.py at equal steps, and prints a markdown table: means over seeds with 95 % t-intervals, on
+held-out queries. Selectivity: harmful queries refused − benign ones refused. Unseen: the mean of
+the languages never trained on, English left out. Drift: KL(base ‖ model) in nats a token, on the
+base's own greedy answers to benign queries in English. A run that lies in --out already is not run
+again.
 """
 import argparse
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +21,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import eval as evaluation  # noqa: E402
+from data.judges import load_refusals  # noqa: E402
 from data.queries import load_queries, split  # noqa: E402
-from sample import load_model  # noqa: E402
+from sample import (  # noqa: E402
+    encode_chat, find_path, find_stop_ids, find_vocab_size, load_model, response_logits, sample)
 
 CONDITIONS = {  # name: (flags of msd.py, seeds)
     "default: on-policy, DPSW, reverse KL": ("", 5),
@@ -27,74 +32,138 @@ CONDITIONS = {  # name: (flags of msd.py, seeds)
     "weights: teacher's alone": ("--weighting teacher", 3),
     "weights: student's alone": ("--weighting student", 3),
     "weights: none": ("--weighting none", 3),
+    "weights not normalised": ("--weight-norm none", 3),
     "p_S of the sampled token": ("--student-view sampled", 3),
-    "weights normalised to mean 1": ("--weight-norm mean", 3),
     "forward KL": ("--divergence forward", 3),
     "JSD": ("--divergence jsd", 3),
     "off-policy, weights: none": ("--policy off --weighting none", 3),
-    "no benign queries": ("--benign-fraction 0", 3),
+    "teacher prompt both": ("--teacher-prompt both", 3),
+    "teacher prompt english": ("--teacher-prompt english", 3),
     "EMA teacher": ("--teacher ema", 3),
-    "English queries in the batch, too": ("--lang {t},en", 3),
-    "Adafactor": ("--optimizer adafactor --lr 0.01", 3),
+    "no benign queries": ("--benign-fraction 0", 3),
+    "English queries in the batch, too": ("--lang {lang},en", 3),
 }
-COLUMNS = ["unsafe {t}", "over-refusal {t}", "selectivity {t}", "unsafe unseen", "over-refusal unseen", "unsafe en",
-           "over-refusal en", "drift en"]
-T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for n seeds: n − 1 degrees of freedom
+COLUMNS = ("unsafe {lang}", "over-refusal {lang}", "selectivity {lang}", "unsafe unseen",
+           "over-refusal unseen", "unsafe en", "over-refusal en", "drift en")
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t, n − 1 degrees of freedom
+NEW_TOKENS = 32  # of a judged answer
+BATCH_SIZE = 64
 
 
 def train(args, name, flags, seed):
     """The folder of one trained model."""
-    out = Path(args.out, f"{''.join(c if c.isalnum() else '-' for c in name)}-{seed}")
-    if not (out / "config.json").is_file():
-        command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--seed", str(seed), "--out",
-                   str(out), "--overwrite", "--eval-every", "0", "--save-every", "0",
-                   *flags.format(t=args.lang).split(), *args.flags.split()]
+    folder = Path(args.out, f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}")
+    if not (folder / "page.html").is_file():  # what a run leaves last
+        command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--seed",
+                   str(seed), "--out", str(folder.resolve()), "--overwrite", "--eval-every", "0",
+                   "--save-every", "0", *flags.format(lang=args.lang).split(), *args.flags.split()]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    return out
+    return folder
 
 
-def measure(args, langs, model, tokenizer, base, queries):
+def load(folder):
+    """(model, tokenizer)."""
+    return load_model(str(folder), torch.device("cpu"), torch.float32)
+
+
+def measure(args, model, tokenizer, base, queries):
     """The numbers of COLUMNS for a model."""
-    rows, _ = evaluation.evaluate(model, tokenizer, queries, langs, seen=[args.lang], max_new_tokens=32, batch_size=64,
-                                  refusals=evaluation.load_refusals())
-    rate = {(row["lang"], row["label"]): row[evaluation.MAIN_RATE[row["label"]]] for row in rows}
-    refused = {row["lang"]: row["refusal"] for row in rows if row["label"] == "harmful"}
-    unseen = [mean(rate[lang, label] for lang in args.unseen.split(",")) for label in ("harmful", "benign")]
-    drift = evaluation.measure_drift(base, model, tokenizer, queries, "en", 32, 64)
-    harmful, benign = rate[args.lang, "harmful"], rate[args.lang, "benign"]
-    return [harmful, benign, refused[args.lang] - benign, *unseen, rate["en", "harmful"], rate["en", "benign"], drift]
+    unseen = args.unseen.split(",")
+    rows, _ = evaluation.evaluate(
+        model, tokenizer, queries, [args.lang, "en", *unseen], refusals=load_refusals(),
+        max_new_tokens=NEW_TOKENS, batch_size=BATCH_SIZE)
+    unsafe = {}
+    over_refusal = {}
+    refused = {}
+    for row in rows:
+        if row["label"] == "harmful":
+            unsafe[row["lang"]] = row["unsafe"]
+            refused[row["lang"]] = row["refusal"]
+        if row["label"] == "benign":
+            over_refusal[row["lang"]] = row["over_refusal"]
+    return [
+        unsafe[args.lang],
+        over_refusal[args.lang],
+        refused[args.lang] - over_refusal[args.lang],
+        mean(unsafe[lang] for lang in unseen),
+        mean(over_refusal[lang] for lang in unseen),
+        unsafe["en"],
+        over_refusal["en"],
+        measure_drift(base, model, tokenizer, queries, "en"),
+    ]
+
+
+@torch.no_grad()
+def measure_drift(base, model, tokenizer, queries, lang):
+    """The mean KL(base ‖ model) in nats a token, on the base's own greedy answers to benign ones of
+    `queries`."""
+    prompts = [encode_chat(tokenizer, q.text[lang]) for q in queries if q.label == "benign"]
+    stop_ids = find_stop_ids(base, tokenizer)
+    total = 0.0
+    tokens = 0
+    for at in range(0, len(prompts), BATCH_SIZE):
+        batch = prompts[at:at + BATCH_SIZE]
+        responses = sample(base, batch, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids, temperature=0,
+                           vocab_size=find_vocab_size(tokenizer))
+        base_logp = response_logits(base, batch, responses).log_softmax(-1)  # (N, V)
+        logp = response_logits(model, batch, responses).log_softmax(-1)
+        total += (base_logp.exp() * (base_logp - logp)).sum().item()
+        tokens += len(logp)
+    return total / tokens
+
+
+def format_spread(values):
+    """The mean over seeds, ± half its 95 % t-interval."""
+    text = f"{mean(values):.3f}"
+    n = len(values)
+    if n > 1:
+        text += f" ± {T_975[n] * stdev(values) / math.sqrt(n):.3f}"
+    return text
+
+
+def show(*cells):
+    """A line of the table."""
+    print(f"| {' | '.join(map(str, cells))} |", flush=True)
+
+
+def build_parser():
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="data/tiny", type=find_path)
+    add("--lang", default="jv")
+    add("--unseen", default="sw,id,it,vi")
+    add("--flags", default="", help="more flags of msd.py, for all conditions")
+    add("--only", nargs="*", help="the conditions whose names begin so")
+    add("--seeds", type=int, choices=range(1, 6), help="default: each condition's own number")
+    add("--each", action="store_true", help="a line a seed, too")
+    add("--out", default="out/claims")
+    return parser
 
 
 def main():
     """Train, measure, print a line a condition as it is done."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="data/tiny")
-    parser.add_argument("--lang", default="jv")
-    parser.add_argument("--unseen", default="sw,id,it,vi")
-    parser.add_argument("--flags", default="", help="more flags of msd.py, for all conditions")
-    parser.add_argument("--only", nargs="*", help="the conditions whose names begin so")
-    parser.add_argument("--seeds", type=int, help="default: each condition's own number")
-    parser.add_argument("--each", action="store_true", help="a line a seed, too")
-    parser.add_argument("--out", default="out/claims")
-    args = parser.parse_args()
+    args = build_parser().parse_args()
     langs = [args.lang, "en", *args.unseen.split(",")]
     queries = split(load_queries(ROOT / "data/queries.csv", langs), 0.2)[1]
-    load = lambda folder: load_model(str(folder), torch.device("cpu"), torch.float32)
-    base, tokenizer = load(ROOT / args.model)
-    show = lambda name, n, cells: print(f"| {name} | {n} |", " | ".join(cells), "|", flush=True)
-    show("condition", "seeds", [c.format(t=args.lang) for c in COLUMNS])
-    show("---", "---", ["---"] * len(COLUMNS))
-    show("before", "", [f"{x:.3f}" for x in measure(args, langs, base, tokenizer, base, queries)])
+    base, tokenizer = load(args.model)
+    show("condition", "seeds", *(column.format(lang=args.lang) for column in COLUMNS))
+    show(*["---"] * (2 + len(COLUMNS)))
+    before = measure(args, base, tokenizer, base, queries)
+    show("before", "", *map("{:.3f}".format, before))
     for name, (flags, seeds) in CONDITIONS.items():
         if args.only and not name.startswith(tuple(args.only)):
             continue
-        folders = [train(args, name, flags, seed) for seed in range(args.seeds or seeds)]
-        runs = [measure(args, langs, *load(folder), base, queries) for folder in folders]
-        Path(args.out, "claims.jsonl").open("a").write(json.dumps({"name": name, "flags": flags, "runs": runs}) + "\n")
-        for seed, run in enumerate(runs if args.each else []):
-            show(f"{name}, seed {seed}", 1, [f"{x:.3f}" for x in run])
-        spread = lambda xs: f" ± {T_975[len(xs)] * stdev(xs) / len(xs) ** 0.5:.3f}" if len(xs) > 1 else ""
-        show(name, len(runs), [f"{mean(xs):.3f}{spread(xs)}" for xs in zip(*runs)])
+        runs = []
+        for seed in range(args.seeds or seeds):
+            folder = train(args, name, flags, seed)
+            found = measure(args, *load(folder), base, queries)
+            (folder / "claims.json").write_text(json.dumps(dict(zip(COLUMNS, found))))
+            if args.each:
+                show(f"{name}, seed {seed}", 1, *map("{:.3f}".format, found))
+            runs.append(found)
+        show(name, len(runs), *map(format_spread, zip(*runs)))
 
 
 if __name__ == "__main__":
