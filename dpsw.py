@@ -218,17 +218,21 @@ class ChunkedSum(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sum_chunk, chunks, with_grad, hidden, *weights):
         total = hidden.new_zeros((), dtype=torch.float32)
-        totals = [torch.zeros_like(x) for x in (hidden, *weights) if with_grad]
+        hidden_grads = []
+        weight_grads = []
         for chunk, at in chunks:
             with torch.set_grad_enabled(with_grad):
                 part = hidden[at].detach().requires_grad_(with_grad)
                 loss = sum_chunk(part, chunk, at)
             if with_grad:
                 grads = torch.autograd.grad(loss, (part, *weights), materialize_grads=True)
-                for into, grad in zip((totals[0][at], *totals[1:]), grads):
+                hidden_grads.append(grads[0])
+                for into, grad in zip(weight_grads, grads[1:]):
                     into += grad
+                weight_grads = weight_grads or list(grads[1:])
             total += loss.detach()
-        ctx.save_for_backward(*totals)
+        if with_grad:
+            ctx.save_for_backward(torch.cat(hidden_grads), *weight_grads)
         return total
 
     @staticmethod

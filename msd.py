@@ -16,6 +16,7 @@ so a resumed run needs no random state. The one-token shift is in sample.respons
 import argparse
 import copy
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -48,7 +49,7 @@ except ImportError:  # not on Windows
 
 JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
 MAX_BAD_STEPS = 5  # in a row, of a loss or gradient that is not finite
-MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite", "prompt"}
+MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite", "prompts"}
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -266,13 +267,18 @@ def read_data(args, langs):
 
 def make_pools(args, model, tokenizer, template, langs, queries):
     """{"benign", "other": (query, language) pairs} of which both prompts leave room for a response
-    in the model's context; the others are counted. Raises UserError if none does."""
+    in the model's context; the others are counted. args.prompts: a hash of all prompts. Raises
+    UserError if none is left."""
     room = find_context(model) - args.max_new_tokens - args.cot_tokens - 16
     pools = {"benign": [], "other": []}
+    digest = hashlib.sha256()
     for query, lang in itertools.product(queries, langs):
         texts = query.text[lang], fill_template(template, query, lang, args.source_lang)
-        if max(len(encode_chat(tokenizer, text, args.system)) for text in texts) <= room:
+        prompts = [encode_chat(tokenizer, text, args.system) for text in texts]
+        digest.update(str(prompts).encode())
+        if max(map(len, prompts)) <= room:
             pools["benign" if query.label in ("benign", "qa") else "other"].append((query, lang))
+    args.prompts = digest.hexdigest()
     kept = sum(map(len, pools.values()))
     if skipped := len(queries) * len(langs) - kept:
         tell(f"note: {skipped} queries do not fit the model's context: skipped")
@@ -339,21 +345,15 @@ def check_out(args):
             raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
 
 
-def note_prompt(args, tokenizer, pools):
-    """Keep a prompt in args.json, and say so if it is another than when a resumed run began."""
-    [prompt] = write_student_prompts(args, tokenizer, sum(pools.values(), [])[:1])
-    args.prompt = tokenizer.decode(prompt)
-    if args.resume:
-        before = json.loads(Path(args.out, "args.json").read_text(encoding="utf-8"))
-        if before["prompt"] != args.prompt:
-            tell("note: the chat template writes another prompt (a date?) than when the run began")
-
-
 def start_out(args):
     """Make --out with its args.json; what is there of an earlier run goes, but under --resume."""
+    path = Path(args.out, "args.json")
     if not args.resume:
         shutil.rmtree(args.out, ignore_errors=True)
-    evaluation.write(Path(args.out, "args.json"), json.dumps(vars(args), indent=1))
+    elif json.loads(path.read_text(encoding="utf-8")).get("prompts") != args.prompts:
+        tell("note: the prompts are not those that the run began with: the data, a template or the "
+             "date that the chat template writes have changed")
+    evaluation.write(path, json.dumps(vars(args), indent=1))
 
 
 def list_state(args, student, teacher):
@@ -497,7 +497,6 @@ def main(args):
     student, teacher, tokenizer = load_models(args, *find_device(args.device, args.dtype))
     pools = make_pools(args, student, tokenizer, template, langs, queries)
     optimizer = make_optimizer(args, student)
-    note_prompt(args, tokenizer, pools)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
     start_out(args)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)

@@ -76,6 +76,9 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
     responses = [[] for _ in prompts]
     logprobs = [[] for _ in prompts]
     slots = max(map(len, prompts), default=0) + max_new_tokens
+    if slots > find_context(model):
+        raise UserError(f"prompt and answer take {slots} tokens, and the model's context holds "
+                        f"{find_context(model)}")
     with eval_mode(model):
         make_decoder = RowDecoder
         batches = [[i] for i in range(len(prompts))]
@@ -263,7 +266,7 @@ def read_rows(model, rows, **cache):
 def check_ids(model, rows):
     """Raise UserError where a tokenizer has more ids than its model has embeddings."""
     largest = max(map(max, rows), default=0)
-    vocab = model.get_input_embeddings().num_embeddings
+    vocab = model.config.get_text_config().vocab_size
     if largest >= vocab:
         raise UserError(f"the tokenizer gives the id {largest}, the model has {vocab} embeddings: "
                         "the two do not belong together")
@@ -315,7 +318,7 @@ def find_head(model, known=weakref.WeakKeyDictionary()):
     """(decoder, head) such that head(decoder(ids)[0]) are the model's own logits, tried once. Where
     a head does more than `Head` knows: the model itself and the identity."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
-    if causal.get_output_embeddings() is None:
+    if causal.get_output_embeddings() is None or causal.base_model is causal:
         return model, torch.nn.Identity()
     decoder, head = causal.base_model, Head(causal)
     if model not in known:
@@ -348,9 +351,7 @@ def encode_chat(tokenizer, text, system=None):
     tell("note: the model has no chat template: it is asked as 'User: … Assistant:'")
     turns = [turn for _, turn in system] + [PLAIN_TEMPLATE.format(break_special(tokenizer, text))]
     ids = tokenizer("\n\n".join(turns)).input_ids
-    while ids[-1] in tokenizer.all_special_ids:  # an EOS that the tokenizer adds
-        ids.pop()
-    return ids
+    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # that it adds by itself
 
 
 def encode_turns(tokenizer, turns):
@@ -423,7 +424,10 @@ def find_vocab_size(tokenizer):
 
 def find_context(model):
     """The most tokens that a model takes, prompt and response together."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or 1 << 30
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    return math.inf if rope.get("rope_type") == "dynamic" else most
 
 
 def read_template(name, flag="--teacher-prompt"):
@@ -444,7 +448,7 @@ def fill_template(template, query, lang, source):
     """Fill {query} (in `lang`), {query_en} (in `source`) and {language}; what a query itself spells
     is not filled in again."""
     values = {"query": query.text[lang], "query_en": query.text[source],
-              "language": LANGUAGES.get(lang, lang)}
+              "language": LANGUAGES.get(lang.split("-")[0], lang)}  # zh-CN is Chinese
     return re.sub(r"\{(query|query_en|language)\}", lambda m: values[m[1]], template)
 
 
@@ -580,9 +584,13 @@ def load_model(name, device, dtype):
         model, report = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, use_safetensors=True, trust_remote_code=False,
             output_loading_info=True)
+        if report["unexpected_keys"]:
+            tell(f"note: {base} holds weights that a causal model has no use for, as "
+                 f"{min(report['unexpected_keys'])}")
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} weights, as {', '.join(missing[:3])}")
         if adapter:
+            warnings.filterwarnings("error", message=".*missing adapter keys")
             model = peft.PeftModel.from_pretrained(model, name)
     except UserError:
         raise

@@ -38,7 +38,7 @@ if IS_WORKER:  # its parent imports no torch: a child's peak begins with its par
     import msd
     from data.queries import load_queries
     from dpsw import dpsw_loss, dpsw_loss_chunked
-    from sample import encode_chat, load_model, read_template, sample
+    from sample import encode_chat, fill_template, load_model, read_template, sample
 
 FIND_TRL = "from importlib.metadata import version; print('TRL', version('trl'))"
 EVAL_ROWS = 64  # that msd.py answers at a time
@@ -267,7 +267,7 @@ def run_trl():
     args, queries, template = prepare_step()
     rows = []
     for query in queries:
-        context = msd.fill_template(template, query, args.lang, args.source_lang)
+        context = fill_template(template, query, args.lang, args.source_lang)
         turn = {"role": "user", "content": query.text[args.lang]}
         rows.append({"prompt": [turn], "privileged_context": context})
 
@@ -460,8 +460,10 @@ def plan_prompts(args, model, tokenizer):
     """{"student", "teacher": the prompts of each of the first steps, lists of ids}."""
     args.cot_tokens, cot_tokens = 0, args.cot_tokens  # nothing can be written without weights
     template = read_template(args.teacher_prompt)
-    langs = msd.split_langs(args.lang)
-    _, queries = msd.read_data(args, langs)
+    langs = args.lang.split(",")
+    queries = []
+    for path in args.data:
+        queries += load_queries(path, [args.source_lang, *langs], args.label)
     pools = msd.make_pools(args, model, tokenizer, template, langs, queries)
     prompts = {"student": [], "teacher": []}
     for step in range(8):
