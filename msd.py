@@ -49,6 +49,7 @@ except ImportError:  # not on Windows
 
 JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
 MAX_BAD_STEPS = 5  # in a row, of a loss or gradient that is not finite
+# flags that --resume may change, beside those that begin with eval_
 MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite", "prompts"}
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
@@ -269,7 +270,8 @@ def make_pools(args, model, tokenizer, template, langs, queries):
     """{"benign", "other": (query, language) pairs} of which both prompts leave room for a response
     in the model's context; the others are counted. args.prompts: a hash of all prompts. Raises
     UserError if none is left."""
-    room = find_context(model) - args.max_new_tokens - args.cot_tokens - 16
+    lead = 16  # tokens around the judgement of --cot-tokens
+    room = find_context(model) - args.max_new_tokens - args.cot_tokens - lead
     pools = {"benign": [], "other": []}
     digest = hashlib.sha256()
     for query, lang in itertools.product(queries, langs):
@@ -478,8 +480,8 @@ def peak_memory(device):
 
 # --- the command ---
 
-def main(args):
-    """Read the data, load the models, preflight, train, evaluate, save."""
+def complete(args):
+    """Fill in the defaults that hang on other flags -> the target languages. Raises UserError."""
     langs = evaluation.split_langs(args.lang)
     if not (langs and args.source_lang.strip()):
         raise UserError("--lang or --source-lang names no language")
@@ -490,6 +492,12 @@ def main(args):
     args.data = args.data or [find_path("data/queries.csv")]
     args.out = args.out or f"out/{'-'.join(langs)}"
     args.eval_max_new_tokens = args.eval_max_new_tokens or max(32, args.max_new_tokens)
+    return langs
+
+
+def main(args):
+    """Read the data, load the models, preflight, train, evaluate, save."""
+    langs = complete(args)
     check_out(args)
 
     template = read_template(args.teacher_prompt)
@@ -504,6 +512,10 @@ def main(args):
           f"on {len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries in "
           f"{', '.join(langs)}; {args.policy}-policy, {args.teacher} teacher under "
           f"'{args.teacher_prompt}'", flush=True)
+
+    if student.dtype == torch.bfloat16 and not args.lora_rank:
+        tell("warning: weights in bfloat16 lose small updates to rounding; --lora-rank or --dtype "
+             "float32 do not")
 
     judge = functools.partial(
         evaluation.evaluate_all, student, tokenizer, heldout, refusals=load_refusals(), seen=langs,
