@@ -2,7 +2,6 @@
 tiny random models."""
 import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
