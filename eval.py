@@ -42,11 +42,12 @@ def answer(model, tokenizer, prompts, max_new_tokens, batch_size):
     """Greedy answers to prompts (lists of ids) as texts, in their order. Where a prompt itself
     opens a thought, its mark stands first."""
     stop_ids = find_stop_ids(model, tokenizer)
+    vocab_size = find_vocab_size(tokenizer)
     texts = []
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start:start + batch_size]
         responses = sample(model, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids,
-                           temperature=0, vocab_size=find_vocab_size(tokenizer))
+                           temperature=0, vocab_size=vocab_size)
         for prompt, response in zip(batch, responses):
             asked = tokenizer.decode(prompt).rstrip()
             opened = [mark for mark, _ in THOUGHTS if asked.endswith(mark)]

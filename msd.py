@@ -61,6 +61,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
     (steps done, steps in a row that were not finite)."""
     generator = torch.Generator(student.device)
     stop_ids = find_stop_ids(student, tokenizer)
+    vocab_size = find_vocab_size(tokenizer)
     bad = 0
     for step in (bar := tqdm(range(start, args.steps), "msd", args.steps, initial=start)):
         began = time.perf_counter()
@@ -75,7 +76,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         responses = sample(
             student if on_policy else teacher, student_prompts if on_policy else teacher_prompts,
             max_new_tokens=args.max_new_tokens, stop_ids=stop_ids, temperature=args.temperature,
-            top_k=args.top_k, top_p=args.top_p, vocab_size=find_vocab_size(tokenizer),
+            top_k=args.top_k, top_p=args.top_p, vocab_size=vocab_size,
             generator=generator.manual_seed(args.seed * 1_000_003 + step))
 
         # 3. scores and loss: the teacher's distribution on every response token, weighted by DPSW
@@ -158,10 +159,13 @@ def pick_batch(args, pools, step):
     batch = []
     for name, span in spans.items():
         pairs = pools[name]
+        orders = {}  # epoch: its shuffled pairs
         for i in span:
             epoch, at = divmod(i, len(pairs))
-            rng = random.Random(f"{args.seed} {name} {epoch}")
-            batch.append(rng.sample(pairs, len(pairs))[at])
+            if epoch not in orders:
+                rng = random.Random(f"{args.seed} {name} {epoch}")
+                orders[epoch] = rng.sample(pairs, len(pairs))
+            batch.append(orders[epoch][at])
     return batch
 
 
