@@ -590,8 +590,9 @@ def load_model(name, device, dtype):
         if missing := sorted(report["missing_keys"]):
             raise ValueError(f"it lacks {len(missing)} weights, as {', '.join(missing[:3])}")
         if adapter:
-            warnings.filterwarnings("error", message=".*missing adapter keys")
-            model = peft.PeftModel.from_pretrained(model, name)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", message=".*missing adapter keys")
+                model = peft.PeftModel.from_pretrained(model, name)
     except UserError:
         raise
     except Exception as e:
