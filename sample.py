@@ -37,18 +37,25 @@ MARKER = "Qxzmarkerzxq"  # a text that no chat template holds
 # --- the sampler ---
 
 def sample_next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=None):
-    """Draw an id a row: logits (B, V) float32 -> (B,) int64. temperature 0 is greedy; top_k 0 and
-    top_p 1 cut nothing. Order: temperature, top-k, renormalise, top-p."""
+    """Draw an id a row: logits (B, V) float32 -> (B,) int64, −1 where they are not finite.
+    temperature 0 is greedy; top_k 0 and top_p 1 cut nothing. Order: temperature, top-k,
+    renormalise, top-p."""
+    broken = ~logits.amax(-1).isfinite()  # (B,): a NaN is the largest
     if temperature == 0:
-        return logits.argmax(-1)
+        return logits.argmax(-1).masked_fill(broken, -1)
     probs = (logits / temperature).softmax(-1)  # (B, V)
-    if not top_k and top_p == 1:
-        return torch.multinomial(probs, 1, generator=generator)[:, 0]
-    probs, ids = probs.topk(min(top_k or probs.shape[-1], probs.shape[-1]), dim=-1)  # (B, k)
-    probs = probs / probs.sum(-1, keepdim=True)
-    before = probs.cumsum(-1) - probs  # largest first: the token that crosses p stays
-    probs = probs.masked_fill(before >= top_p, 0.0)
-    return ids.gather(-1, torch.multinomial(probs, 1, generator=generator))[:, 0]
+    ids = None
+    if top_k or top_p < 1:
+        probs, ids = probs.topk(min(top_k or probs.shape[-1], probs.shape[-1]), dim=-1)  # (B, k)
+        probs = probs / probs.sum(-1, keepdim=True)
+        before = probs.cumsum(-1) - probs  # largest first: the token that crosses p stays
+        probs = probs.masked_fill(before >= top_p, 0.0)
+    # the first of exponential clocks to ring: as multinomial, which would wait for the GPU twice
+    noise = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-30)
+    token = (probs / noise).argmax(-1)  # (B,)
+    if ids is not None:
+        token = ids.gather(-1, token[:, None])[:, 0]
+    return token.masked_fill(broken, -1)
 
 
 @torch.no_grad()
@@ -90,9 +97,13 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
             alive = rows
             while alive:
                 logits = decoder.logits.float()  # (B, V)
-                token = sample_next_token(check_finite(logits[:, :vocab_size]), temperature, top_k,
-                                          top_p, generator)  # (B,)
-                for i, t in zip(rows, token.tolist()):
+                token = sample_next_token(logits[:, :vocab_size], temperature, top_k, top_p,
+                                          generator)  # (B,)
+                drawn = token.tolist()
+                if min(drawn) < 0:
+                    raise UserError("the model's logits are not finite: its weights are broken, or "
+                                    "its dtype is too narrow (try --dtype float32)")
+                for i, t in zip(rows, drawn):
                     if i in alive:
                         responses[i].append(t)
                 if return_logprobs:
@@ -114,14 +125,6 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
     return responses
 
 
-def check_finite(logits):
-    """The logits, or ValueError: NaN and +inf cannot be drawn from."""
-    if not bool((logits.amax(-1) < math.inf).all()):  # a NaN makes it false, too
-        raise UserError("the model's logits are not finite: its weights are broken, or its dtype "
-                        "is too narrow (try --dtype float32)")
-    return logits
-
-
 @contextlib.contextmanager
 def eval_mode(model):
     """No dropout within, nor gradient checkpointing, which switches the KV cache off."""
@@ -135,15 +138,16 @@ def eval_mode(model):
 
 
 class FixedLayer(DynamicLayer):
-    """A layer of a KV cache of a fixed number of slots, written in place at the index `at` (1,)."""
+    """A layer of a KV cache of B rows and a fixed number of slots, written in place at the index
+    `at` (1,). like: a layer that holds some rows."""
 
-    def __init__(self, layer, slots, at):
+    def __init__(self, like, B, slots, at):
         super().__init__()
         self.is_initialized = True
         self.at = at
-        room = (0, 0, 0, slots - layer.keys.shape[2])  # zeros: the masked is multiplied, too
-        self.keys = torch.nn.functional.pad(layer.keys, room)  # (B, heads, slots, D)
-        self.values = torch.nn.functional.pad(layer.values, room)
+        _, heads, _, D = like.keys.shape
+        self.keys = like.keys.new_zeros(B, heads, slots, D)  # zeros: the masked is multiplied, too
+        self.values = like.values.new_zeros(B, heads, slots, like.values.shape[-1])
 
     def update(self, key_states, value_states, *args, **kwargs):
         self.keys.index_copy_(2, self.at, key_states)
@@ -153,28 +157,40 @@ class FixedLayer(DynamicLayer):
 
 class RaggedDecoder:
     """Rows that decode together. The slots hold the prompts, padded on the right, then a token more
-    of each row a step; a mask hides padding and what is not yet written. A step moves no tensor."""
+    of each row a step; a mask hides padding and what is not yet written. A step moves no tensor: on
+    a GPU it is run once, captured as a CUDA graph, and replayed."""
 
     def __init__(self, model, prompts, slots):
+        device = model.device
+        if device.type == "cuda":
+            slots += -slots % 128  # few shapes, and aligned ones
         self.model = model
-        self.cache = DynamicCache()
-        hidden, head = read_rows(model, prompts, past_key_values=self.cache)  # (B, T, H)
-        lengths = torch.tensor([len(p) for p in prompts], device=hidden.device)[:, None]  # (B, 1)
-        self.logits = head(hidden[torch.arange(len(prompts)), lengths[:, 0] - 1])  # (B, V)
+        lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # (B, 1)
         self.positions = lengths - 1  # of the token that is read
-        self.at = torch.tensor([hidden.shape[1] - 1], device=hidden.device)  # its slot
-        self.cache.layers = [FixedLayer(layer, slots, self.at) for layer in self.cache.layers]
-        closed = torch.arange(slots, device=hidden.device) >= lengths  # (B, slots)
+        self.at = lengths.amax(0) - 1  # (1,), its slot
+        self.cache = DynamicCache()
+        ends = [None] * len(prompts)
+        for rows in cut_by_length(model, prompts):
+            part = DynamicCache()
+            hidden, head = read_rows(model, [prompts[b] for b in rows], past_key_values=part)
+            for b, states in zip(rows, hidden):
+                ends[b] = states[len(prompts[b]) - 1]  # (H,)
+            if not self.cache.layers:
+                self.cache.layers = [FixedLayer(like, len(prompts), slots, self.at)
+                                     for like in part.layers]
+            for layer, read in zip(self.cache.layers, part.layers):
+                layer.keys[rows, :, :hidden.shape[1]] = read.keys
+                layer.values[rows, :, :hidden.shape[1]] = read.values
+        self.logits = head(torch.stack(ends))  # (B, V)
+        closed = torch.arange(slots, device=device) >= lengths  # (B, slots)
         self.mask = closed[:, None, None] * torch.finfo(self.logits.dtype).min
+        self.renew()
 
-    def step(self, token):
-        """Read one more token (B,) of each row."""
-        self.at += 1
-        self.positions += 1
-        self.mask.index_fill_(3, self.at, 0.0)
-        self.logits = self.model(
-            input_ids=token[:, None], attention_mask=self.mask, position_ids=self.positions,
-            use_cache=True, past_key_values=self.cache).logits[:, -1]  # (B, V)
+    def renew(self):
+        """Forget the graph, of other tensors."""
+        self.token = torch.empty_like(self.positions)  # (B, 1)
+        self.graph = None
+        self.warm = False
 
     def keep(self, rows):
         """Go on with these rows alone."""
@@ -182,6 +198,29 @@ class RaggedDecoder:
         self.cache.batch_select_indices(rows)
         self.positions = self.positions[rows]
         self.mask = self.mask[rows]
+        self.renew()
+
+    def step(self, token):
+        """Read one more token (B,) of each row."""
+        self.token.copy_(token[:, None])
+        if self.warm and token.is_cuda and not self.graph:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):  # runs nothing
+                self.read()
+        if self.graph:
+            self.graph.replay()
+        else:
+            self.read()
+            self.warm = True
+
+    def read(self):
+        """The step itself."""
+        self.at += 1
+        self.positions += 1
+        self.mask.index_fill_(3, self.at, 0.0)
+        self.logits = self.model(
+            input_ids=self.token, attention_mask=self.mask, position_ids=self.positions,
+            use_cache=True, past_key_values=self.cache).logits[:, -1]  # (B, V)
 
 
 class RowDecoder:
@@ -230,7 +269,7 @@ def try_ragged(model):
         steps = [decoder.logits]
         for _ in range(2):
             decoder.step(token)
-            steps.append(decoder.logits)
+            steps.append(decoder.logits.clone())
     except torch.OutOfMemoryError:
         raise
     except Exception:  # no such mask, cache or positions in this model
@@ -256,6 +295,18 @@ def pad_right(rows, device):
             torch.tensor(mask, dtype=torch.bool, device=device))
 
 
+def cut_by_length(model, rows):
+    """Rows of ids -> lists of indices, by length: none is longer than 5/4 of another and 8 tokens,
+    so little is padding. Where positions depend on the longest row: each alone."""
+    alone = max(map(len, rows)) > find_rope_limit(model)
+    batches = []
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        if alone or not batches or len(rows[i]) > 1.25 * len(rows[batches[-1][0]]) + 8:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
 def read_rows(model, rows, **cache):
     """Read rows of ids, each as if alone -> (hidden (B, T, H), head), see find_head."""
     decoder, head = find_head(model)
@@ -277,15 +328,12 @@ def response_hidden(model, prompts, responses):
     logits of responses[b][t]; past a response's end lies padding."""
     rows = [p + r for p, r in zip(prompts, responses)]
     check_ids(model, rows)
-    batches = [rows]
-    if max(map(len, rows)) > find_rope_limit(model):
-        batches = [[row] for row in rows]
-    hidden = []
-    for batch in batches:
-        states, head = read_rows(model, batch)  # (B, all tokens, H)
-        hidden += states
-    shifted = [states[len(p) - 1:len(p) - 1 + len(r)]  # what is read at i − 1 predicts i
-               for states, p, r in zip(hidden, prompts, responses)]
+    shifted = [None] * len(rows)
+    for batch in cut_by_length(model, rows):
+        hidden, head = read_rows(model, [rows[i] for i in batch])  # (B, all tokens, H)
+        for i, states in zip(batch, hidden):
+            start = len(prompts[i]) - 1  # what is read at i − 1 predicts i
+            shifted[i] = states[start:start + len(responses[i])]
     return pad_sequence(shifted, batch_first=True), head
 
 
