@@ -25,9 +25,9 @@ from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find
 from data.queries import load_queries
 from data.queries import split as split_queries
 from sample import (Parser, UserError, add_model_flags, encode_chat, encode_turns,
-                    fill_template, find_context, find_device, find_path, find_stop_ids,
-                    find_vocab_size, load_model, need, number, positive, read_template, sample,
-                    tell)
+                    fill_template, find_context, find_device, find_path, find_process,
+                    find_stop_ids, find_vocab_size, gather, load_model, need, number, positive,
+                    read_template, sample, tell)
 
 LABELS = ("harmful", "benign", "qa")
 MAIN_RATE = {"harmful": "unsafe", "benign": "over_refusal", "qa": "accuracy"}
@@ -39,13 +39,15 @@ ROW_KEYS = ("data lang label seen n unsafe safe invalid refusal over_refusal wro
 # --- answers
 
 def answer(model, tokenizer, prompts, max_new_tokens, batch_size):
-    """Greedy answers to prompts (lists of ids) as texts, in their order. Where a prompt itself
-    opens a thought, its mark stands first."""
+    """Greedy answers to prompts (lists of ids) as texts, in their order; several processes share
+    them out. Where a prompt itself opens a thought, its mark stands first."""
     stop_ids = find_stop_ids(model, tokenizer)
     vocab_size = find_vocab_size(tokenizer)
+    rank, world = find_process()
+    mine = prompts[rank::world]
     texts = []
-    for start in range(0, len(prompts), batch_size):
-        batch = prompts[start:start + batch_size]
+    for start in range(0, len(mine), batch_size):
+        batch = mine[start:start + batch_size]
         responses = sample(model, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids,
                            temperature=0, vocab_size=vocab_size)
         for prompt, response in zip(batch, responses):
@@ -54,7 +56,11 @@ def answer(model, tokenizer, prompts, max_new_tokens, batch_size):
             # other special tokens stay: some mark a thought
             text = tokenizer.decode([i for i in response if i not in stop_ids])
             texts.append("".join([*opened, text.strip()]))
-    return texts
+
+    shared = [""] * len(prompts)
+    for i, part in enumerate(gather(texts)):
+        shared[i::world] = part
+    return shared
 
 
 def evaluate(model, tokenizer, queries, langs, *, refusals, max_new_tokens, batch_size, seen=(),

@@ -9,9 +9,10 @@ learns the teacher's distribution on every response token, by a reverse KL weigh
 (dpsw.py). Only parallel *queries* are needed. The algorithm is `train`.
 
 Ours, not the paper's: AdamW with a constant rate after a warm-up, benign queries in every batch
-where labels are known, the wording of the teacher prompts, every hyper-parameter. Left out: several
-GPUs, replay, reward and judge models in the loop. Everything random is a function of (seed, step),
-so a resumed run needs no random state. The one-token shift is in sample.response_hidden alone.
+where labels are known, the wording of the teacher prompts, every hyper-parameter. Left out: sharded
+models, replay, reward and judge models in the loop. Everything random is a function of (seed, step,
+process), so a resumed run needs no random state. The one-token shift is in sample.response_hidden
+alone.
 """
 import argparse
 import copy
@@ -29,6 +30,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -37,10 +39,10 @@ from data.judges import find_phrases, keyword_verdict, load_refusals
 from data.queries import load_queries, split
 from dpsw import dpsw_loss_chunked
 from sample import (
-    HERE, LANGUAGES, Parser, UserError, add_model_flags, encode_chat, fill_template, find_context,
-    find_device, find_path, find_stop_ids, find_vocab_size, load_model, natural, need, number,
-    pad_right, positive, read_template, response_hidden, response_logits, sample,
-    tell)
+    HERE, LANGUAGES, RANK, Parser, UserError, add_model_flags, encode_chat, fill_template,
+    find_context, find_device, find_path, find_process, find_stop_ids, find_vocab_size, gather,
+    load_model, natural, need, number, pad_right, positive, read_template, response_hidden,
+    response_logits, sample, tell)
 
 try:
     import resource
@@ -60,14 +62,17 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
     """The algorithm box. pools: the queries to learn from, see pick_batch. Yields after each step
     (steps done, steps in a row that were not finite)."""
     generator = torch.Generator(student.device)
+    rank, world = find_process()
     stop_ids = find_stop_ids(student, tokenizer)
     vocab_size = find_vocab_size(tokenizer)
     bad = 0
     for step in (bar := tqdm(range(start, args.steps), "msd", args.steps, initial=start)):
         began = time.perf_counter()
+        if student.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
         # 1. queries, each under two contexts: the student's and the teacher's
-        batch = pick_batch(args, pools, step)
+        batch = pick_batch(args, pools, step)[rank::world]  # a process's share
         student_prompts = write_student_prompts(args, tokenizer, batch)
         teacher_prompts = write_teacher_prompts(args, teacher, tokenizer, template, batch)
 
@@ -77,49 +82,56 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
             student if on_policy else teacher, student_prompts if on_policy else teacher_prompts,
             max_new_tokens=args.max_new_tokens, stop_ids=stop_ids, temperature=args.temperature,
             top_k=args.top_k, top_p=args.top_p, vocab_size=vocab_size,
-            generator=generator.manual_seed(args.seed * 1_000_003 + step))
+            generator=generator.manual_seed(args.seed * 1_000_003 + step + (rank << 40)))
 
         # 3. scores and loss: the teacher's distribution on every response token, weighted by DPSW
         loss, scores = learn(args, student, teacher, student_prompts, teacher_prompts, responses)
 
         # 4. update; what is not finite is never stepped on
-        grad_norm = torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm).item()
+        weights = list_trained(student)
+        grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
         lr = args.lr * min(1, (step + 1) / (args.warmup + 1))
         bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
-        skipped = bad > 0 or not any(responses)
+        means = summarise(scores, responses, stop_ids)
+        skipped = bad > 0 or not means["response_tokens"]
         if not skipped:
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
+            round_masters(student)
             if args.teacher == "ema":
                 update_ema(teacher, student, args.ema_decay)
         optimizer.zero_grad(set_to_none=True)
 
         # 5. tell: a line of numbers, and the first and the last response token by token
         row = {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": skipped,
-               **summarise(scores, responses, stop_ids), "peak_mem_gb": peak_memory(student.device),
+               **means, "peak_mem_gb": max(gather(peak_memory(student.device))),
                "seconds": time.perf_counter() - began}
         row["tokens_per_s"] = row["response_tokens"] / row["seconds"]
-        append_line(args, "metrics.jsonl", row)
-        for i in sorted({0, len(batch) - 1}):
-            append_line(args, "samples.jsonl", describe(
-                tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
-                responses[i], scores[i]))
+        told = [describe(tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
+                         responses[i], scores[i]) for i in sorted({0, len(batch) - 1})]
+        told = sum(gather(told), [])
+        if rank == 0:
+            append_line(args, "metrics.jsonl", row)
+            for line in told[:1] + told[1:][-1:]:
+                append_line(args, "samples.jsonl", line)
         bar.set_postfix_str(f"loss {loss:.4f}, {row['response_len']:.0f} tokens a response")
         yield step + 1, bad
 
 
 def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
     """Score every response token under both contexts and backpropagate the step's loss, a
-    micro-batch of rows of like length at a time: how they are cut does not change the gradient.
+    micro-batch of rows of like length at a time: how they are cut, and shared out to processes,
+    does not change the gradient.
 
     prompts, responses: lists of lists of ids. Returns (loss in nats, scores): of each response, in
     order, dpsw's stats as tensors (L,), and of the first and the last `teacher_top`, ids (L,).
     """
     # the one count of the whole step: responses that have a token, or tokens
     counted = map(bool, responses) if args.weight_norm == "response" else map(len, responses)
+    chunk_size = 2048 if student.device.type == "cuda" else 128
     options = dict(weighting=args.weighting, student_view=args.student_view, beta=args.beta,
                    top_k=args.dpsw_top_k, divergence=args.divergence, weight_norm=args.weight_norm,
-                   denominator=max(1, sum(counted)))
+                   denominator=max(1, sum(gather(sum(counted)))))
     order = sorted(range(len(responses)), key=lambda i: len(student_prompts[i] + responses[i]))
     scores = [{} for _ in responses]
     total = 0.0
@@ -133,7 +145,7 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
             student, [student_prompts[i] for i in rows], taken)  # (B, T, H)
         response_ids, mask = pad_right(taken, student.device)  # (B, T)
         loss, stats = dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head,
-                                        response_ids, mask, **options)
+                                        response_ids, mask, chunk_size=chunk_size, **options)
         loss.backward()
         total += loss.item()
 
@@ -142,7 +154,8 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
             if i in (0, len(responses) - 1):
                 with torch.no_grad():
                     scores[i]["teacher_top"] = teacher_head(teacher_hidden[b][mask[b]]).argmax(-1)
-    return total, scores
+    sum_gradients(student)
+    return sum(gather(total)), scores
 
 
 def pick_batch(args, pools, step):
@@ -199,7 +212,63 @@ def update_ema(teacher, student, decay):
     """teacher ← decay · teacher + (1 − decay) · student, of what is trained: the rest is shared."""
     for p, q in zip(student.parameters(), teacher.parameters()):
         if p.requires_grad:
-            q.lerp_(p, 1 - decay)
+            find_master(q).lerp_(find_master(p), 1 - decay)
+    round_masters(teacher)
+
+
+# --- float32 masters: weights in bfloat16 alone would lose small updates to rounding ---
+
+def add_masters(model, trained):
+    """Give each trained weight of less than float32 a float32 `master`, which sums its gradients.
+    trained: of each weight, whether it is."""
+    def move_gradient(p):
+        grad = p.grad.float()
+        p.grad = None
+        p.master.grad = grad if p.master.grad is None else p.master.grad.add_(grad)
+
+    for p, is_trained in zip(model.parameters(), trained):
+        if is_trained and p.dtype != torch.float32:
+            p.master = p.detach().float()
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(move_gradient)
+
+
+def find_master(p):
+    """What the optimizer changes of a weight: its master, or itself."""
+    return getattr(p, "master", p)
+
+
+def list_trained(student):
+    """What the optimizer changes."""
+    return [find_master(p) for p in student.parameters() if p.requires_grad]
+
+
+@torch.no_grad()
+def round_masters(model):
+    """Copy the masters into the weights that run."""
+    for p in model.parameters():
+        if p is not find_master(p):
+            p.copy_(p.master)
+
+
+# --- several processes: torchrun --nproc-per-node 8 msd.py … ---
+
+def join_processes(args, device):
+    """Work together with the others that torchrun started. Raises UserError."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch_size % world:
+        raise UserError(f"--batch-size {args.batch_size} does not go round {world} processes")
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def sum_gradients(student):
+    """Sum the gradients of all processes, in place."""
+    if dist.is_initialized():
+        for p in list_trained(student):
+            if p.grad is None:  # this process had no response with a token
+                p.grad = torch.zeros_like(p)
+            dist.all_reduce(p.grad)
 
 
 # --- models ---
@@ -219,6 +288,9 @@ def load_models(args, device, dtype):
             task_type="CAUSAL_LM"))
     if args.teacher == "ema":
         teacher = copy_frozen(student)
+    add_masters(student, [p.requires_grad for p in student.parameters()])
+    if args.teacher == "ema":
+        add_masters(teacher, [p.requires_grad for p in student.parameters()])
     if args.grad_checkpoint:
         enable_grad_checkpoint(student)
     return student, teacher or student, tokenizer
@@ -233,15 +305,16 @@ def copy_frozen(model):
 def enable_grad_checkpoint(model):
     """Recompute a layer's activations in the backward pass. transformers asks for training mode:
     only the layers that checkpoint get it, not their parts, so that dropout stays off."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={
+        "use_reentrant": False, "preserve_rng_state": False})  # nothing is random: no dropout
     for module in model.modules():
         module.training = isinstance(module, GradientCheckpointingLayer)
 
 
 def make_optimizer(args, student):
     """AdamW over what is trained."""
-    trained = [p for p in student.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, args.lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+    return torch.optim.AdamW(list_trained(student), args.lr, betas=(0.9, 0.99), weight_decay=0.0,
+                             fused=True)
 
 
 # --- what a run reads ---
@@ -354,6 +427,8 @@ def check_out(args):
 def start_out(args):
     """Make --out with its args.json; what is there of an earlier run goes, but under --resume."""
     path = Path(args.out, "args.json")
+    if RANK:
+        return
     if not args.resume:
         shutil.rmtree(args.out, ignore_errors=True)
     elif json.loads(path.read_text(encoding="utf-8")).get("prompts") != args.prompts:
@@ -364,10 +439,10 @@ def start_out(args):
 
 def list_state(args, student, teacher):
     """The weights that a run changes: the trained ones, and an EMA teacher's averages of them."""
-    weights = [p for p in student.parameters() if p.requires_grad]
+    weights = list_trained(student)
     if args.teacher == "ema":
         pairs = zip(student.parameters(), teacher.parameters())
-        weights += [q for p, q in pairs if p.requires_grad]
+        weights += [find_master(q) for p, q in pairs if p.requires_grad]
     return weights
 
 
@@ -392,6 +467,8 @@ def load_checkpoint(args, student, teacher, optimizer):
         state = torch.load(Path(args.out, "checkpoint.pt"), student.device, weights_only=True)
         for p, saved in zip(list_state(args, student, teacher), state["weights"], strict=True):
             p.copy_(saved)
+        round_masters(student)
+        round_masters(teacher)
         optimizer.load_state_dict(state["optimizer"])
         for name, size in state["logs"].items():
             if Path(args.out, name).stat().st_size < size:
@@ -441,14 +518,15 @@ def to_json(x):
 
 
 def summarise(scores, responses, stop_ids):
-    """Means over the response tokens of a step, and how long its responses are."""
-    n = sum(map(len, responses))
-    row = {}
-    for name in ("divergence", "weight", "w_teacher", "w_student"):
-        row[name] = sum(score[name].sum().item() for score in scores) / max(n, 1)
-    whole = sum(response[-1:] != [] and response[-1] in stop_ids for response in responses)
-    return {**row, "response_tokens": n, "response_len": n / len(responses),
-            "truncated": 1 - whole / len(responses)}
+    """Means over the response tokens of a step, of all processes, and how long responses are."""
+    whole = [response[-1:] != [] and response[-1] in stop_ids for response in responses]
+    counts = [sum(map(len, responses)), len(responses), sum(whole)]
+    names = ("divergence", "weight", "w_teacher", "w_student")
+    sums = [sum(score[name].sum().item() for score in scores) for name in names]
+    n, B, ended, *sums = map(sum, zip(*gather(counts + sums)))
+    means = [x / max(n, 1) for x in sums]
+    return {**dict(zip(names, means)), "response_tokens": n, "response_len": n / B,
+            "truncated": 1 - ended / B}
 
 
 def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, score):
@@ -472,6 +550,12 @@ def write_page(args):
         data = re.sub("[<>&]", lambda m: f"\\u{ord(m[0]):04x}", lines)
         page = page.replace(f"__{name}__", data)
     evaluation.write(Path(args.out, "page.html"), page)
+
+
+def save_tables(path, rows, items):
+    """What an evaluation found, for the tables that follow."""
+    if RANK == 0:
+        evaluation.write(path, json.dumps((rows, items)))
 
 
 def peak_memory(device):
@@ -506,7 +590,9 @@ def main(args):
 
     template = read_template(args.teacher_prompt)
     heldout, queries = read_data(args, langs)
-    student, teacher, tokenizer = load_models(args, *find_device(args.device, args.dtype))
+    device, dtype = find_device(args.device, args.dtype)
+    join_processes(args, device)
+    student, teacher, tokenizer = load_models(args, device, dtype)
     pools = make_pools(args, student, tokenizer, template, langs, queries)
     optimizer = make_optimizer(args, student)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
@@ -517,10 +603,6 @@ def main(args):
           f"{', '.join(langs)}; {args.policy}-policy, {args.teacher} teacher under "
           f"'{args.teacher_prompt}'", flush=True)
 
-    if student.dtype == torch.bfloat16 and not args.lora_rank:
-        tell("warning: weights in bfloat16 lose small updates to rounding; --lora-rank or --dtype "
-             "float32 do not")
-
     judge = functools.partial(
         evaluation.evaluate_all, student, tokenizer, heldout, refusals=load_refusals(), seen=langs,
         batch_size=64, max_new_tokens=args.eval_max_new_tokens, system=args.system)
@@ -528,7 +610,7 @@ def main(args):
     if args.eval_every and not args.resume:
         if args.preflight:
             preflight(args, student, teacher, tokenizer, template, pools)
-        evaluation.write(before, json.dumps(judge()))
+        save_tables(before, *judge())
 
     def show_table():
         rows, items = judge()
@@ -538,22 +620,25 @@ def main(args):
         evaluation.compare(rows, items, base_rows, base_items)
         print(f"\nheld-out queries before (base) and after {step} steps")
         evaluation.print_rates(rows, base_rows)
-        evaluation.write(Path(args.out, f"after-{step}.json"), json.dumps((rows, items)))
+        save_tables(Path(args.out, f"after-{step}.json"), rows, items)
 
     for step, bad in train(args, student, teacher, tokenizer, template, pools, optimizer, step):
         due = args.save_every and (step % args.save_every == 0 or step == args.steps)
-        if due or bad == MAX_BAD_STEPS:
+        if RANK == 0 and (due or bad == MAX_BAD_STEPS):
             save_checkpoint(args, step, student, teacher, optimizer)
         if bad == MAX_BAD_STEPS:
             raise UserError(f"{bad} steps in a row were not finite: lower --lr; the last good "
                             f"weights are in {args.out}/checkpoint.pt")
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             show_table()
-    save_model(args, student, tokenizer, langs)
-    write_page(args)
+    if RANK == 0:
+        save_model(args, student, tokenizer, langs)
+        write_page(args)
     if args.eval_every:
         show_table()
     print(f"the model lies in {args.out}; talk to it: python sample.py --model {args.out}")
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def build_parser():

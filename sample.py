@@ -16,11 +16,13 @@ import math
 import os
 import re
 import sys
+import time
 import warnings
 import weakref
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
@@ -31,6 +33,7 @@ os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken caches by path alone: it would
 HERE = Path(__file__).parent
 PROMPTS = HERE / "data" / "prompts"
 LANGUAGES = json.loads((PROMPTS / "languages.json").read_text(encoding="utf-8"))
+RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
 MARKER = "Qxzmarkerzxq"  # a text that no chat template holds
 
 
@@ -512,6 +515,19 @@ def tell(text):
     print(text, file=sys.stderr, flush=True)
 
 
+def find_process():
+    """(which process this is, of how many that work together)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather(x):
+    """Every process's x, in order."""
+    found = [x] * find_process()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(found, x)
+    return found
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with one-line errors, exact flag names, and defaults in --help."""
 
@@ -526,21 +542,31 @@ class Parser(argparse.ArgumentParser):
             self.add_argument(name, default=default, help=text, **kind)
 
     def error(self, message):
+        # where the first process says it, too, torchrun ends the others before they do
+        time.sleep(5 if RANK else 0)
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
     def run(self, main, argv=None):
         """Parse the command line and call main(args). What a user can mend is one line and exit
-        code 2; Ctrl-C is one line and 130."""
+        code 2; Ctrl-C is one line and 130. Of several processes the first alone speaks."""
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         warnings.filterwarnings("ignore", category=FutureWarning)
+        quiet = contextlib.ExitStack()
+        if RANK:
+            nothing = quiet.enter_context(open(os.devnull, "w"))
+            quiet.enter_context(contextlib.redirect_stdout(nothing))
+            quiet.enter_context(contextlib.redirect_stderr(nothing))
         try:
-            main(self.parse_args(argv))
+            with quiet:
+                main(self.parse_args(argv))
         except UserError as e:
             self.error(e)
         except KeyboardInterrupt:
             self.exit(130, f"\n{self.prog}: interrupted\n")
         except RuntimeError as e:
+            if isinstance(e, dist.DistError) or "gloo" in str(e):
+                self.error(f"another process ended: {e}")
             if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
                 raise
             self.error("out of memory: lower --batch-size, --micro-batch-size or "
@@ -586,16 +612,21 @@ def find_path(name):
 
 
 def find_device(name, dtype="auto"):
-    """The one place where device and dtype are chosen -> (torch.device, torch.dtype). Raises
-    UserError."""
+    """The one place where device and dtype are chosen -> (torch.device, torch.dtype); of several
+    processes each takes a GPU. Raises UserError."""
     gpu = "cuda" if torch.cuda.is_available() else "mps"
     if gpu == "mps" and not torch.backends.mps.is_available():
         gpu = "cpu"
     try:
         device = torch.device(gpu if name == "auto" else name)
+        if device.type == "cuda":
+            device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+            torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it plans anew for every shape
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"no device {name!r} here; --device auto would take {gpu}") from None
+        raise UserError(f"no device {name!r} here for process {RANK}; --device auto would take "
+                        f"{gpu}") from None
     if dtype == "auto":
         narrow = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if narrow else "float32"

@@ -24,6 +24,11 @@ THOUGHTS = [  # how models mark what they think: where it begins, where it ends
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|channel|>", "<|channel|>final<|message|>"),  # gpt-oss: the other channels come first
 ]
+# what a chat template writes: <s>, <|START_RESPONSE|>, [/INST], <start_of_turn>model
+MARK = (r"(?:<[|｜][^<>\n]{,40}[|｜]>|</?(?:s|bos|eos|pad|unk|\w+_of_turn|\w+_TOKEN)>|\[/?INST\])"
+        r"(?:(?:assistant|model)(?=\s*(?:[\n<]|\Z)))?")
+# characters that are written in two ways: from, to, and those that are left out
+FOLDS = str.maketrans(*OPENINGS["folds"])
 # scripts whose words touch: Thai, Lao, Burmese, Khmer, kana, Han
 UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 JOINED = UNSPACED + "\uac00-\ud7a3"  # and those whose endings touch: Korean
@@ -38,7 +43,7 @@ WORD_END = rf"(?:(?<=[{JOINED}])|(?!'?[\w\u0300-\u036f\u0900-\u0963\u0966-\u0dff
 # --- text
 
 def strip_thought(response):
-    """An answer without its thoughts; None where one begins and does not end."""
+    """An answer without its thoughts and a template's marks; None where a thought does not end."""
     for start, end in THOUGHTS:
         while end in response:
             before, after = response.split(end, 1)
@@ -47,11 +52,12 @@ def strip_thought(response):
             response = kept + after
         if start in response:
             return None
-    return response.strip()
+    return re.sub(MARK, "", response).strip()
 
 
 def fold(text):
-    """NFKC, without case."""
+    """NFKC, without case, Arabic vowel signs and hamza, in simplified Chinese characters."""
+    text = text.translate(FOLDS)  # before NFKC, which takes the apostrophe ´ apart
     return unicodedata.normalize("NFKC", text).casefold()
 
 
@@ -62,9 +68,8 @@ def find_letters(text, kinds="LM"):
 
 @functools.lru_cache(4096)
 def normalise(text):
-    """Text as phrases are matched: folded, plain apostrophes, one space, no commas or markdown."""
-    text = fold(re.sub("[’‘ʼ′`´]", "'", text))  # before NFKC, which takes ´ apart
-    text = re.sub(r'[,،、*_#>~"“”„«»「」『』]|[\u200b-\u200f\u2060\ufeff]', "", text)
+    """Text as phrases are matched: folded, with one space, no commas or markdown."""
+    text = re.sub(r'[,،、*_#>~"“”„«»「」『』]|[\u200b-\u200f\u2060\ufeff]', "", fold(text))
     return re.sub(r"[^\S\n]+", " ", text).strip()
 
 
@@ -202,12 +207,14 @@ def parse_judgement(form, raw):
 
 # --- questions that have an answer
 
-def find_last_number(text):
-    """The last number of a text, None without one; 1,234 and 1.234 are both 1234.0, and digits may
-    be of any script."""
-    text = re.sub(r"(?<=\d)(?<!\b0)[.,٬](?=\d{3}(?!\d))", "", text)
-    found = re.findall(r"(?<!\d)-?\d+(?:[.,٫]\d+)?", text)
-    return float(re.sub("[,٫]", ".", found[-1])) if found else None
+def find_numbers(text):
+    """The numbers of a text, in digits of any script. 1,234 and 1.234, 1,00,000, 9{,}500 and 1 234
+    with a no-break or a thin space are one number each."""
+    text = text.replace("{,}", ",").replace("\u2212", "-")
+    gap = r"(?:[.,٬'’\u00a0\u2009\u202f]|\\,)"
+    text = re.sub(rf"(?<=\d)(?<!\b0){gap}(?=(?:\d\d,)*\d{{3}}(?!\d))", "", text)
+    found = re.findall(r"(?<!\d)-?(?:\d+|(?<![\w.])(?=\.\d))(?:[.,٫]\d+)?", text)
+    return [float(re.sub("[,٫]", ".", number)) for number in found]
 
 
 def find_words(text):
@@ -218,8 +225,8 @@ def find_words(text):
 
 
 def is_correct(response, answer, choices=()):
-    """Whether the last number of a response is the answer, where that is a number, else whether the
-    answer stands in it, in whole words. Of choices: whether the first letter of one that stands
+    """Whether the last number of a response is the answer, where that is one number, else whether
+    the answer stands in it, in whole words. Of choices: whether the first letter of one that stands
     alone is the answer's, "B" or "So it is (B) green."."""
     response = strip_thought(response)
     if response is None:
@@ -229,9 +236,9 @@ def is_correct(response, answer, choices=()):
         return re.findall(letters, response, re.ASCII)[:1] == [answer]
 
     answer = answer.rpartition("####")[2]  # GSM8K's answers end so, after the sum
-    number = find_last_number(answer)
-    if number is not None and not find_letters(answer):
-        return find_last_number(response) == number
+    numbers = find_numbers(answer)
+    if len(numbers) == 1 and not find_letters(answer):
+        return find_numbers(response)[-1:] == numbers
     return find_words(answer) in find_words(response)
 
 

@@ -141,7 +141,7 @@ def run_sample():
         return [cut(row, stop_ids) for row in out.tolist()]
 
     for B in JOB["batch"]:
-        tell(compare("equal lengths", prompts[:B], [], ours, generate, bar=[1.1, 1.5]))
+        tell(compare("equal lengths", prompts[:B], [], ours, generate, bar=[1.2, 1.6]))
     free = []  # a batch at a time: memory
     for at in range(0, len(prompts), most):
         free += ours(prompts[at:at + most], [])
@@ -151,7 +151,7 @@ def run_sample():
         rows = [prompts[i] for i in itertools.chain(*pairs)]
         if rows:
             case = "half done in the first quarter"
-            tell(compare(case, rows, [stop], ours, generate, bar=[1.5, 2]))
+            tell(compare(case, rows, [stop], ours, generate, bar=[1.6, 2.2]))
     tell(None)
 
 
@@ -399,9 +399,10 @@ def run_plan():
     student, teacher, tokenizer = msd.load_models(args, torch.device("meta"), dtype)
 
     own = {id(p) for p in student.parameters()}
-    trained = [p for p in student.parameters() if p.requires_grad]
+    trained = msd.list_trained(student)
     parts = {
         "weights": count_gb(student.parameters()),
+        "float32 masters": count_gb(p for p in trained if id(p) not in own),
         "gradients": count_gb(trained),
         "AdamW's moments": 2 * count_gb(trained),
         "the teacher's own weights": count_gb(p for p in teacher.parameters() if id(p) not in own),

@@ -955,6 +955,65 @@ def test_a_mistake_leaves_the_run_before_it_as_it_was(train, capsys):
         assert take_digest(out) == before
 
 
+# --- several processes ---
+
+def start_processes(*argv, n=2):
+    """torchrun of msd.py, on CPUs -> the process."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", n,
+               "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", ROOT / "msd.py", *argv]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize("flags", [
+    ["--teacher", "ema", "--ema-decay", 0.5], ["--policy", "off", "--lora-rank", 4]])
+def test_two_processes_end_with_the_weights_of_one(folder, tmp_path, flags):
+    data = write_queries(tmp_path / "q.csv")
+    argv = ["--lang", "jv", "--model", folder, "--data", data, *QUICK, *JUDGED, "--batch-size", 6,
+            "--temperature", 0, "--micro-batch-size", 2, "--lr", 1e-3, *flags]
+    run(*argv, "--steps", 3, "--out", tmp_path / "one")
+    parts = [(2, []), (3, ["--resume"])] if "ema" in flags else [(3, [])]
+    for steps, more in parts:
+        process = start_processes(*argv, *more, "--steps", steps, "--save-every", 1, "--out",
+                                  tmp_path / "two")
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+    assert out.count("the model lies in") == 1 and err.count("rows read") == 1
+    one, two = read_weights(tmp_path / "one"), read_weights(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-4, rtol=0)
+    for row, other in zip(read_log(tmp_path / "one"), read_log(tmp_path / "two"), strict=True):
+        for name in ("loss", "divergence", "grad_norm", "response_tokens", "response_len"):
+            assert row[name] == pytest.approx(other[name], rel=1e-3, abs=1e-6)
+    told = [(line["step"], line["id"]) for line in read_log(tmp_path / "one", "samples.jsonl")]
+    others = [(line["step"], line["id"]) for line in read_log(tmp_path / "two", "samples.jsonl")]
+    assert told == others  # the last comes from the other process
+
+
+def test_a_batch_that_does_not_go_round_is_told_once(folder, tmp_path):
+    process = start_processes("--lang", "jv", "--model", folder, *QUICK, "--batch-size", 3, "--out",
+                              tmp_path / "o", "--data", write_queries(tmp_path / "q.csv"))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1 and err.count("msd.py: error: ") == 1
+    assert "--batch-size 3 does not go round 2 processes" in err
+
+
+def test_where_a_process_is_killed_the_others_end_and_the_checkpoint_is_whole(folder, tmp_path):
+    out = tmp_path / "o"
+    process = start_processes("--lang", "jv", "--model", folder, *QUICK, "--steps", 100000,
+                              "--save-every", 1, "--out", out, "--data",
+                              write_queries(tmp_path / "q.csv"))
+    deadline = datetime.now().timestamp() + 60
+    while not (out / "checkpoint.pt").is_file() and datetime.now().timestamp() < deadline:
+        pass
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert torch.load(out / "checkpoint.pt", weights_only=True)["step"] >= 1
+
+
 # --- the README ---
 
 PROGRAMS = {"msd.py": msd, "eval.py": eval_program, "sample.py": sample_program}

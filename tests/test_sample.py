@@ -216,7 +216,7 @@ def test_under_gradient_checkpointing_it_still_decodes_with_a_cache(model):
     model.config.use_cache = False  # as trainers set it
     calls = spy(model)
     assert sample(model, PROMPTS, max_new_tokens=7, stop_ids=[], temperature=0) == want
-    assert [call[1] for call in calls] == [12] + [1] * 6
+    assert [call[1] for call in calls] == [7, 12] + [1] * 6  # the prompts in two batches
     assert model.training and model.base_model.gradient_checkpointing and model.config.use_cache is False
 
 
