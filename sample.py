@@ -102,11 +102,7 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
                 logits = decoder.logits.float()  # (B, V)
                 token = sample_next_token(logits[:, :vocab_size], temperature, top_k, top_p,
                                           generator)  # (B,)
-                drawn = token.tolist()
-                if min(drawn) < 0:
-                    raise UserError("the model's logits are not finite: its weights are broken, or "
-                                    "its dtype is too narrow (try --dtype float32)")
-                for i, t in zip(rows, drawn):
+                for i, t in zip(rows, list_ids(token)):
                     if i in alive:
                         responses[i].append(t)
                 if return_logprobs:
@@ -126,6 +122,15 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
     if return_logprobs:
         return responses, [lps[:len(r)] for lps, r in zip(logprobs, responses)]
     return responses
+
+
+def list_ids(token):
+    """Drawn ids (B,) as a list: the one transfer of a step. Raises UserError for −1."""
+    ids = token.tolist()
+    if min(ids) < 0:
+        raise UserError("the model's logits are not finite: its weights are broken, or its dtype "
+                        "is too narrow (try --dtype float32)")
+    return ids
 
 
 @contextlib.contextmanager
@@ -619,7 +624,7 @@ def find_device(name, dtype="auto"):
         gpu = "cpu"
     try:
         device = torch.device(gpu if name == "auto" else name)
-        if device.type == "cuda":
+        if device.type == "cuda" and torch.cuda.is_available():
             device = torch.device("cuda", device.index or int(os.environ.get("LOCAL_RANK", 0)))
             torch.cuda.set_device(device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it plans anew for every shape

@@ -43,7 +43,7 @@ WORD_END = rf"(?:(?<=[{JOINED}])|(?!'?[\w\u0300-\u036f\u0900-\u0963\u0966-\u0dff
 # --- text
 
 def strip_thought(response):
-    """An answer without its thoughts and a template's marks; None where a thought does not end."""
+    """An answer without its thoughts; None where one begins and does not end."""
     for start, end in THOUGHTS:
         while end in response:
             before, after = response.split(end, 1)
@@ -52,7 +52,7 @@ def strip_thought(response):
             response = kept + after
         if start in response:
             return None
-    return re.sub(MARK, "", response).strip()
+    return response.strip()
 
 
 def fold(text):
@@ -161,7 +161,7 @@ def keyword_verdict(response, query_text, phrases):
     answer = strip_thought(response)
     if answer is None or is_no_answer(answer, query_text):
         return "invalid"
-    text = normalise(answer[:2000])
+    text = normalise(re.sub(MARK, "", answer[:2000]))
     refusal = write_refusal(tuple(phrases))
     for opening in itertools.islice(OPENING.finditer(text), 2):
         sentence = squeeze(text[opening.end():])  # to the text's end: a phrase may span sentences

@@ -1064,6 +1064,7 @@ def test_every_flag_that_a_page_names_is_one_of_ours(page):
             known.update(re.findall(r'"(--[a-z][a-z-]*)"', file.read_text(encoding="utf-8")))
     text = page.read_text(encoding="utf-8")
     of_others = re.findall(r"^ *(?:pip|hf|git|vllm|pytest)\b.*$", text, re.M)
+    of_others += re.findall(r"torchrun --nproc-per-node", text)
     for line in of_others:
         text = text.replace(line, "")
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", text))
