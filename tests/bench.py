@@ -8,6 +8,7 @@
              the peak of two steps (not with --dry)
     kill     runs killed (-9) at random moments, and resumed, against runs that nobody killed
     long     2,000 steps: memory and seconds a step, early and late
+    processes  a step of two processes of one thread each (torchrun) over that of one
 
 The sides of a ratio take turns in one run, after a warm-up each; ratios are of medians. Memory is
 the peak of a process that runs nothing else (GB of 1e9 bytes, resident; of the loss: above its
@@ -588,6 +589,26 @@ def bench_long(args):
                  "second quarter", measure_speed(rows[quarter:2 * quarter]))]
 
 
+# --- processes ---
+
+def bench_processes(args):
+    """A row: seconds a step of two processes of one thread each over those of one."""
+    seconds = {}
+    for n in (1, 2):
+        with tempfile.TemporaryDirectory() as folder:
+            command = make_flags(args, "--eval-every", "0", "--save-every", "0", "--batch-size",
+                                 str(args.batch[0]), "--max-new-tokens", str(args.tokens),
+                                 "--steps", str(args.reps + 1), "--out", f"{folder}/run",
+                                 *shlex.split(args.flags))
+            start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n)]
+            subprocess.run([*start, str(ROOT / "msd.py"), *command], check=True,
+                           stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            lines = Path(folder, "run", "metrics.jsonl").read_text().splitlines()
+        seconds[n] = median(json.loads(line)["seconds"] for line in lines[1:])
+    return [make_row(f"processes: batch {args.batch[0]}, two of one thread", "s", seconds[2],
+                     "one of one thread", seconds[1], bar=[0.8, 0.65])]
+
+
 # --- the table ---
 
 def make_row(case, unit, ours, name="", reference=None, note="", bar=None):
@@ -624,6 +645,7 @@ SECTIONS = {
     "plan": bench_plan,
     "kill": bench_kill,
     "long": bench_long,
+    "processes": bench_processes,
 }
 
 
@@ -644,12 +666,12 @@ def main():
     add("--clock", choices=["wall", "cpu"], default="wall",
         help="cpu: the process's own seconds, for a machine that is not free")
     add("--reps", type=int, default=3, help="repetitions after the warm-up")
-    add("--tokens", type=int, default=32, help="response tokens of sample, step and plan")
-    add("--batch", type=numbers, default="16", help="of sample: 1,16,64")
+    add("--tokens", type=int, default=32, help="response tokens of sample, step, plan and processes")
+    add("--batch", type=numbers, default="16", help="of sample and processes: 1,16,64")
     add("--vocab", type=numbers, default="49152,262144", help="V of the loss")
     add("--trl-python", default=sys.executable,
         help="an interpreter with TRL and what msd.py needs")
-    add("--flags", default="", help="of step and plan: more flags of msd.py")
+    add("--flags", default="", help="of step, plan and processes: more flags of msd.py")
     add("--dry", action="store_true", help="of plan: run nothing")
     add("--kills", type=int, default=10, help="of kill, each variant")
     add("--steps", type=int, default=2000, help="of long")

@@ -209,6 +209,24 @@ def test_dropout_is_off_and_each_modules_mode_comes_back_after_an_exception_too(
     assert [module.training for module in model.modules()] == before
 
 
+def test_a_step_moves_no_tensor_so_that_a_graph_may_hold_it(model):
+    """What a CUDA graph reads and writes lies where it lay, and the ids are copied in."""
+    decoder = program.RaggedDecoder(model, PROMPTS, slots=20)
+    layers = [x for layer in decoder.cache.layers for x in (layer.keys, layer.values)]
+
+    def find():
+        held = [decoder.token, decoder.positions, decoder.at, decoder.mask]
+        return [x.data_ptr() for x in [*held, *layers]]
+
+    before = find()
+    for token in (3, 4):
+        with torch.no_grad():
+            decoder.step(torch.full((len(PROMPTS),), token))
+        assert find() == before and decoder.token.eq(token).all()
+    now = [x for layer in decoder.cache.layers for x in (layer.keys, layer.values)]
+    assert [x.data_ptr() for x in now] == before[4:]
+
+
 def test_under_gradient_checkpointing_it_still_decodes_with_a_cache(model):
     want = sample(model, PROMPTS, max_new_tokens=7, stop_ids=[], temperature=0)
     model.train()
