@@ -1,0 +1,394 @@
+"""What only a GPU can show, in eight minutes: python tests/gpu.py [--sections graph,speed …]
+
+Random weights in the shapes of a 0.5B and a 7B. Every section has a try and a budget of its own and
+prints JSON lines {"check", "ok", …}: ok is true, false, or null (a figure, not a judgement); with
+OUT set they also go to $OUT/gpu.jsonl. `--device cpu --shapes tiny` tries the script itself: what
+needs CUDA is told as skipped there, never as passed. Nothing of the card's settings is touched.
+"""
+import argparse
+import contextlib
+import io
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2Config
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import msd  # noqa: E402
+import sample as sampler  # noqa: E402
+from dpsw import dpsw_loss, dpsw_loss_chunked  # noqa: E402
+from sample import find_device, sample  # noqa: E402
+
+BEGAN = time.perf_counter()
+SHAPES = {  # hidden, intermediate, layers, heads, heads of keys, vocabulary, tied
+    "0.5b": (896, 4864, 24, 14, 2, 151936, True),
+    "7b": (3584, 18944, 28, 28, 4, 152064, False),
+    "tiny": (64, 160, 2, 4, 2, 4352, True),
+}
+SIZES = {  # shape of full training, of LoRA; batches; new tokens; V of the loss
+    "real": ("0.5b", "7b", (1, 8, 32, 64), 64, 152_064),
+    "tiny": ("tiny", "tiny", (1, 3), 6, 4352),
+}
+
+
+# --- telling ---
+
+def tell(check, ok=None, **values):
+    """A JSON line."""
+    line = {"check": check, "ok": ok}
+    for name, x in values.items():
+        line[name] = float(f"{x:.4g}") if isinstance(x, float) else x
+    line["at"] = round(time.perf_counter() - BEGAN, 1)
+    text = json.dumps(line)
+    print(text, flush=True)
+    RESULTS.append(line)
+    if os.environ.get("OUT"):
+        with open(Path(os.environ["OUT"], "gpu.jsonl"), "a", encoding="utf-8") as f:
+            f.write(text + "\n")
+
+
+def attempt(name, section, seconds):
+    """Run a section within a budget; what it raises is a line."""
+    def stop(*_):
+        raise TimeoutError(f"past its {seconds:.0f} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(max(1, int(seconds)))
+    try:
+        section()
+    except Exception as e:  # a check that fails must not take the others with it
+        tell(name, False, error=f"{type(e).__name__}: {str(e)[:300]}")
+    finally:
+        signal.alarm(0)
+        if CUDA:
+            torch.cuda.empty_cache()
+
+
+def clock(f, *args, **kwargs):
+    """(seconds, what f returns), the device done with before and after."""
+    if CUDA:
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    found = f(*args, **kwargs)
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began, found
+
+
+def measure(f, reps=5):
+    """The median seconds of f, after one warm-up."""
+    f()
+    return median(clock(f)[0] for _ in range(reps))
+
+
+def peak_gb():
+    """GB at the peak since the last reset; None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 1e9 if CUDA else None
+
+
+def reset_peak():
+    """Begin a new peak."""
+    if CUDA:
+        torch.cuda.reset_peak_memory_stats()
+
+
+# --- models and data ---
+
+def build(shape, dtype=None):
+    """A random model of a real shape, whose logits spread as those of a trained one."""
+    H, inner, layers, heads, kv_heads, V, tied = SHAPES[shape]
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=H, intermediate_size=inner, num_hidden_layers=layers, vocab_size=V,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, tie_word_embeddings=tied,
+        max_position_embeddings=32768, eos_token_id=TOKENIZER.eos_token_id)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype or DTYPE).eval()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(3 / (0.02 * H ** 0.5))
+    return model
+
+
+def write_rows(B, V=4000, low=40, high=120):
+    """B ragged prompts of random ids."""
+    rng = random.Random(0)
+    return [[rng.randrange(5, V) for _ in range(rng.randint(low, high))] for _ in range(B)]
+
+
+def make_args(*flags):
+    """Flags of msd.py."""
+    return msd.build_parser().parse_args(["--lang", "jv", *map(str, flags)])
+
+
+@contextlib.contextmanager
+def without_graphs():
+    """Every step of the sampler is run."""
+    step = sampler.RaggedDecoder.step
+
+    def read(self, token):
+        self.token.copy_(token[:, None])
+        self.read()
+
+    sampler.RaggedDecoder.step = read
+    try:
+        yield
+    finally:
+        sampler.RaggedDecoder.step = step
+
+
+def load_pair(shape, *flags):
+    """(args, student, teacher) as msd.py has them, of a random model."""
+    args = make_args("--device", DEVICE, *flags)
+    load_model = msd.load_model
+    msd.load_model = lambda *_: (build(shape), TOKENIZER)
+    try:
+        return args, *msd.load_models(args, DEVICE, DTYPE)[:2]
+    finally:
+        msd.load_model = load_model
+
+
+# --- sections ---
+
+def check_card():
+    """What the card gives: bytes and bfloat16 products a second."""
+    n = 2 ** 28 if CUDA else 2 ** 22
+    x = torch.empty(n, dtype=torch.uint8, device=DEVICE)
+    y = torch.empty_like(x)
+    CARD["bytes"] = 2 * n / measure(lambda: y.copy_(x))
+    k = 8192 if CUDA else 256
+    a = torch.randn(k, k, dtype=DTYPE, device=DEVICE)
+    CARD["flops"] = 2 * k ** 3 / measure(lambda: a @ a)
+    name = torch.cuda.get_device_name() if CUDA else "CPU"
+    tell("card", None, name=name, torch=torch.__version__, gb_s=CARD["bytes"] / 1e9,
+         tflops=CARD["flops"] / 1e12, dtype=str(DTYPE))
+
+
+def check_graph():
+    """The graph's tokens are those of steps that are run; rows leave; LoRA; what a capture costs."""
+    for shape, rank in ((SMALL, 0), (SMALL, 8)):
+        _, model, _ = load_pair(shape, "--lora-rank", rank)
+        prompts = write_rows(6)
+        ask = dict(max_new_tokens=NEW, temperature=0)
+        with without_graphs():
+            free = sample(model, prompts, stop_ids=[], **ask)
+            stops = [free[0][NEW // 4], free[1][NEW // 4]]
+            want = sample(model, prompts, stop_ids=stops, **ask)
+        got = sample(model, prompts, stop_ids=stops, **ask)
+        if CUDA:
+            tell(f"graph: tokens, {shape}, LoRA {rank}", got == want, rows=len(got))
+        else:
+            tell("graph: skipped without CUDA", None, same=got == want)
+            return
+        decoder = sampler.RaggedDecoder(model, prompts, 256)
+        token = torch.full((len(prompts),), 7, device=DEVICE)
+        with torch.no_grad():
+            costs = [clock(decoder.step, token)[0] for _ in range(4)]
+        tell("graph: milliseconds of run, capture and replay, replay", None,
+             run=1e3 * costs[0], capture=1e3 * costs[1], replay=1e3 * costs[3])
+
+
+def check_speed():
+    """Tokens a second of sample() and generate, and the share of the memory's rate."""
+    for shape in dict.fromkeys((SMALL, LARGE)):
+        model = build(shape)
+        head = model.get_input_embeddings().weight.nbytes
+        weights = sum(p.nbytes for p in model.parameters())
+        if not model.config.tie_word_embeddings:
+            weights -= head  # rows of it are looked up
+        cache = 4 * SHAPES[shape][2] * SHAPES[shape][4] * SHAPES[shape][0] // SHAPES[shape][3]
+        for B in BATCHES:
+            prompts = write_rows(B)
+            ask = dict(max_new_tokens=NEW, stop_ids=[], temperature=0)
+            sample(model, prompts, **ask)
+            seconds, _ = clock(sample, model, prompts, **ask)
+            T = max(map(len, prompts))
+            ids = torch.tensor([[5] * (T - len(row)) + row for row in prompts], device=DEVICE)
+            mask = torch.tensor([[0] * (T - len(row)) + [1] * len(row) for row in prompts],
+                                device=DEVICE)
+            model.generation_config = GenerationConfig(max_new_tokens=NEW, pad_token_id=5,
+                                                       eos_token_id=None)
+            theirs, _ = clock(model.generate, input_ids=ids, attention_mask=mask)
+            rate = B * NEW / seconds
+            read = (weights + B * cache * (T + NEW)) * NEW / seconds
+            tell(f"sample over generate, {shape}, batch {B}", None, tokens_s=rate,
+                 ratio=theirs / seconds, share_of_memory_rate=read / CARD["bytes"])
+        del model
+
+
+def check_learning():
+    """Learning in TFLOP/s: a token and weight, student 2 forward and 4 backward (2 under LoRA: the
+    frozen weights have no gradient), teacher 2; recomputation is not counted. Then a LoRA step."""
+    for shape, rank in ((SMALL, 0), (LARGE, 16)):
+        reset_peak()
+        args, student, teacher = load_pair(shape, "--lora-rank", rank, "--max-new-tokens", NEW)
+        B = BATCHES[1]
+        prompts = write_rows(B)
+        context = write_rows(B, low=100, high=200)
+        optimizer = msd.make_optimizer(args, student)
+        began, responses = clock(sample, student, prompts, max_new_tokens=NEW, stop_ids=[])
+        msd.learn(args, student, teacher, prompts, context, responses)
+        optimizer.zero_grad()
+        seconds, (loss, _) = clock(msd.learn, args, student, teacher, prompts, context, responses)
+        update, _ = clock(optimizer.step)
+        body = sum(p.numel() for name, p in student.named_parameters()
+                   if "embed" not in name and "lora" not in name and "lm_head" not in name)
+        mine = sum(map(len, prompts)) + B * NEW
+        theirs = sum(map(len, context)) + B * NEW
+        flops = body * ((4 if rank else 6) * mine + 2 * theirs)
+        tell(f"learning, {shape}, LoRA {rank}, {B} rows", loss == loss, loss=loss, sampling_s=began,
+             learning_s=seconds, update_s=update, tflops=flops / seconds / 1e12,
+             share_of_dense=flops / seconds / CARD["flops"], peak_gb=peak_gb())
+        del student, teacher, optimizer
+
+
+def check_loss():
+    """The chunked loss against the dense one at a large V: seconds and GB."""
+    hidden = torch.randn(8, 128, 256, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    other = torch.randn(8, 128, 256, device=DEVICE, dtype=DTYPE)
+    head = torch.nn.Linear(256, VOCAB, bias=False, device=DEVICE, dtype=DTYPE)
+    found = {}
+    for name in ("chunked", "dense"):
+        reset_peak()
+
+        def run():
+            if name == "chunked":
+                loss, _ = dpsw_loss_chunked(hidden, other, head, head, chunk_size=256)
+            else:
+                loss, _ = dpsw_loss(head(hidden), head(other))
+            loss.backward()
+            return loss.item()
+        seconds = measure(run, 2)
+        found[name] = (run(), seconds, peak_gb())
+    close = abs(found["chunked"][0] - found["dense"][0]) <= 2e-2 * abs(found["dense"][0])
+    tell(f"loss, V {VOCAB:,}", close, seconds=found["chunked"][1], dense_seconds=found["dense"][1],
+         gb=found["chunked"][2], dense_gb=found["dense"][2])
+
+
+def run_msd(out, *flags):
+    """msd.py in this process, on data/tiny -> its weights as one vector."""
+    from safetensors.torch import load_file
+
+    args = make_args("--device", DEVICE, "--batch-size", 4, "--eval-every", 0, "--save-every", 2,
+                     "--max-new-tokens", 8, "--out", out, *flags)
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        msd.main(args)
+    weights = load_file(Path(out, "model.safetensors"))
+    return torch.cat([weights[name].double().flatten() for name in sorted(weights)])
+
+
+def check_resume():
+    """Two equal runs and a resumed one: bit for bit, or how far apart."""
+    with tempfile.TemporaryDirectory() as folder:
+        first = run_msd(f"{folder}/a", "--steps", 4)
+        again = run_msd(f"{folder}/b", "--steps", 4)
+        run_msd(f"{folder}/c", "--steps", 2)
+        resumed = run_msd(f"{folder}/c", "--steps", 4, "--resume")
+    same = torch.equal(first, again) and torch.equal(first, resumed)
+    tell("resume", None if CUDA else same, bit_for_bit=same,
+         twice=(first - again).abs().max().item(), resumed=(first - resumed).abs().max().item())
+
+
+def check_masters():
+    """A step at 1e-6 in bfloat16 goes where float32 goes: the cosine of the two updates."""
+    updates = {}
+    rows = write_rows(4, low=8, high=20)
+    for dtype in (torch.float32, torch.bfloat16):
+        args = make_args("--device", DEVICE, "--lr", 1e-6, "--warmup", 0)
+        model = build("tiny", torch.bfloat16).to(dtype)
+        msd.add_masters(model, [True] * len(list(model.parameters())))
+        teacher = msd.copy_frozen(model)
+        before = [p.detach().clone() for p in msd.list_trained(model)]
+        optimizer = msd.make_optimizer(args, model)
+        msd.learn(args, model, teacher, rows, [row[4:] for row in rows], rows)
+        optimizer.step()
+        after = msd.list_trained(model)
+        updates[dtype] = torch.cat([(q - p).flatten() for p, q in zip(before, after)]).detach()
+    cosine = torch.cosine_similarity(*updates.values(), dim=0).item()
+    tell("masters: cosine of the update with float32's", cosine >= 0.95, cosine=cosine)
+
+
+def check_sdpa():
+    """cuDNN's attention plans anew for every shape: seconds of a first and of a later call."""
+    if not CUDA:
+        tell("sdpa: skipped without CUDA")
+        return
+    for allowed in (False, True):
+        torch.backends.cuda.enable_cudnn_sdp(allowed)
+        costs = []
+        for T in (97, 97, 131, 131):
+            q = torch.randn(4, 8, T, 128, device=DEVICE, dtype=DTYPE)
+            attend = torch.nn.functional.scaled_dot_product_attention
+            costs.append(1e3 * clock(attend, q, q, q, is_causal=True)[0])
+        tell(f"sdpa: milliseconds, cuDNN {allowed}", None, first=costs[0], same=costs[1],
+             other=costs[2], same_other=costs[3])
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
+def check_plan():
+    """The peak of a step's learning against `bench.py plan`, of the embedded model."""
+    import subprocess
+
+    command = [sys.executable, str(ROOT / "tests" / "bench.py"), "plan", "--dry", "--flags",
+               f"--device {DEVICE.type}"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    planned = float(text.split(" GB  in all")[0].split()[-1])
+    reset_peak()
+    with tempfile.TemporaryDirectory() as folder:
+        run_msd(f"{folder}/a", "--steps", 2)
+    tell("plan against the peak, data/tiny", None, planned_gb=planned, peak_gb=peak_gb())
+
+
+SECTIONS = {  # name: (what it runs, the seconds that it may take)
+    "card": (check_card, 30),
+    "graph": (check_graph, 60),
+    "speed": (check_speed, 120),
+    "learning": (check_learning, 120),
+    "loss": (check_loss, 40),
+    "masters": (check_masters, 20),
+    "sdpa": (check_sdpa, 20),
+    "resume": (check_resume, 50),
+    "plan": (check_plan, 40),
+}
+
+
+def main():
+    """Run the sections while there is time, then sum up."""
+    limit = 60 * ARGS.minutes
+    skipped = []
+    for name, (section, seconds) in SECTIONS.items():
+        left = limit - (time.perf_counter() - BEGAN)
+        if ARGS.sections and name not in ["card", *ARGS.sections.split(",")]:
+            continue
+        if left < 5:
+            skipped.append(name)
+            continue
+        attempt(name, section, min(seconds, left))
+    judged = [line["ok"] for line in RESULTS if line["ok"] is not None]
+    tell("summary", all(judged), judged=len(judged), passed=sum(judged), skipped=skipped)
+    sys.exit(0 if all(judged) else 1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shapes", choices=SIZES, default="real")
+    parser.add_argument("--sections", help=f"of {','.join(SECTIONS)}")
+    parser.add_argument("--minutes", type=float, default=8)
+    ARGS = parser.parse_args()
+    DEVICE, DTYPE = find_device(ARGS.device)
+    CUDA = DEVICE.type == "cuda"
+    SMALL, LARGE, BATCHES, NEW, VOCAB = SIZES[ARGS.shapes]
+    RESULTS = []
+    CARD = {}
+    TOKENIZER = AutoTokenizer.from_pretrained(ROOT / "data" / "tiny")
+    main()

@@ -1,0 +1,21 @@
+"""tests/gpu.py tries itself on a CPU: every section runs, and what needs CUDA is told as skipped."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_the_gpu_script_runs_on_a_cpu_and_calls_nothing_passed_that_needs_cuda(tmp_path):
+    script = Path(__file__).parent / "gpu.py"
+    done = subprocess.run(
+        [sys.executable, script, "--device", "cpu", "--shapes", "tiny", "--minutes", "1"],
+        capture_output=True, text=True, env={**os.environ, "OUT": str(tmp_path)}, timeout=120)
+    lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
+    assert done.returncode == 0, lines
+    checks = {line["check"]: line for line in lines}
+    assert checks["summary"]["judged"] == checks["summary"]["passed"] == 5
+    assert checks["graph: skipped without CUDA"]["ok"] is None
+    assert checks["graph: skipped without CUDA"]["same"] is True
+    assert checks["sdpa: skipped without CUDA"]["ok"] is None
+    assert checks["resume"]["bit_for_bit"] is True
