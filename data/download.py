@@ -1,4 +1,4 @@
-"""Fetch public query sets: python data/download.py multijail xstest xsafety mgsm --to data/public"""
+"""Get public query sets: python data/download.py multijail xstest xsafety mgsm --to data/public"""
 import argparse
 import csv
 import io
@@ -22,19 +22,17 @@ TOPICS = """commonsense Crimes_And_Illegal_Activities Ethics_And_Morality Goal_H
     Inquiry_With_Unsafe_Opinion Insult Mental_Health Physical_Harm Privacy_And_Property
     Prompt_Leaking Reverse_Exposure Role_Play_Instruction Unfairness_And_Discrimination
     Unsafe_Instruction_Topic""".split()
-ENDINGS = {"en": "_n.csv", "bn": "_n.xlsx"}  # of a topic's file; in other languages .csv
-RENAMED = {"en/commonsense_n.csv": "en/commonsense.csv",  # but these
-           "bn/commonsense_n.xlsx": "bn/commonsense.csv",
-           "en/Crimes_And_Illegal_Activities_n.csv": "en/Crimes_And_Illegal_Activities_en.csv",
+ENDINGS = {"en": "_n.csv", "bn": "_n.xlsx"}  # of XSafety's files; in other languages .csv
+RENAMED = {"en/Crimes_And_Illegal_Activities_n.csv": "en/Crimes_And_Illegal_Activities_en.csv",
            "ru/Crimes_And_Illegal_Activities.csv": "ru/Crimes_And_Illegal_Activitie.csv"}
 
 
 def fetch(url, count):
-    """A file -> (its bytes, its first column without a header), or ValueError, of one line."""
+    """A file -> (its bytes, its first column without a header). ValueError if it is not so."""
     try:
         data = urlopen(url, timeout=60).read()
         if url.endswith(".xlsx"):
-            import openpyxl
+            import openpyxl  # for XSafety's Bengali alone
             rows = openpyxl.load_workbook(io.BytesIO(data)).active.values
         else:
             quoting = csv.QUOTE_NONE if url.endswith(".tsv") else csv.QUOTE_MINIMAL
@@ -55,7 +53,8 @@ def build_xsafety(url):
         print("xsafety.csv: bn is left out, for it needs openpyxl", file=sys.stderr)
     table = [["id", "topic", *langs[:-1], "es"]]  # which is sp there
     for topic in TOPICS:
-        paths = [f"{lang}/{topic}{ENDINGS.get(lang, '.csv')}" for lang in langs]
+        endings = {} if topic == "commonsense" else ENDINGS
+        paths = [f"{lang}/{topic}{endings.get(lang, '.csv')}" for lang in langs]
         columns = [fetch(f"{url}/{RENAMED.get(path, path)}", 200)[1] for path in paths]
         table += [[i, topic.lower(), *texts] for i, texts in enumerate(zip(*columns), len(table))]
     file = io.StringIO(newline="")
