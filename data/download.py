@@ -28,7 +28,7 @@ RENAMED = {"en/Crimes_And_Illegal_Activities_n.csv": "en/Crimes_And_Illegal_Acti
 
 
 def fetch(url, count):
-    """A file -> (its bytes, its first column without a header). ValueError if it is not so."""
+    """A file -> (its bytes, its first column: a blank row is "", a header none), or ValueError."""
     try:
         data = urlopen(url, timeout=60).read()
         if url.endswith(".xlsx"):
@@ -50,7 +50,7 @@ def build_xsafety(url):
     langs = "en zh ar bn de fr hi ja ru sp".split()
     if not find_spec("openpyxl"):
         langs.remove("bn")
-        print("xsafety.csv: bn is left out, for it needs openpyxl", file=sys.stderr)
+        print("xsafety.csv: bn is left out, it takes pip install openpyxl", file=sys.stderr)
     table = [["id", "topic", *langs[:-1], "es"]]  # which is sp there
     for topic in TOPICS:
         endings = {} if topic == "commonsense" else ENDINGS

@@ -93,8 +93,10 @@ def test_the_trl_block_has_the_prompts_the_loss_and_the_gradient_of_msd(trained,
     loss, _ = msd.learn(args, student, teacher, student_prompts, teacher_prompts, responses)
     norm = torch.nn.utils.get_total_norm(p.grad for p in student.parameters()).item()
     first = trainer.state.log_history[0]
-    assert loss > 0.1 and first["loss"] == pytest.approx(loss, abs=1e-3)
+    assert loss > 0.1 and first["loss"] == pytest.approx(loss, abs=1e-4)
     assert first["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    # the embedded model's template has no such switch: that it is set must be looked up
+    assert trainer.chat_template_kwargs == {"enable_thinking": False}
 
 
 def test_the_trl_block_leaves_a_trained_model_that_loads(trained, ours):
