@@ -22,6 +22,7 @@ TOPICS = """commonsense Crimes_And_Illegal_Activities Ethics_And_Morality Goal_H
     Inquiry_With_Unsafe_Opinion Insult Mental_Health Physical_Harm Privacy_And_Property
     Prompt_Leaking Reverse_Exposure Role_Play_Instruction Unfairness_And_Discrimination
     Unsafe_Instruction_Topic""".split()
+LANGS = "en zh ar bn de fr hi ja ru sp".split()
 ENDINGS = {"en": "_n.csv", "bn": "_n.xlsx"}  # of XSafety's files; in other languages .csv
 RENAMED = {"en/Crimes_And_Illegal_Activities_n.csv": "en/Crimes_And_Illegal_Activities_en.csv",
            "ru/Crimes_And_Illegal_Activities.csv": "ru/Crimes_And_Illegal_Activitie.csv"}
@@ -47,9 +48,7 @@ def fetch(url, count):
 
 def build_xsafety(url):
     """XSafety -> a CSV as bytes: id, topic and a column per language, rows joined by position."""
-    langs = "en zh ar bn de fr hi ja ru sp".split()
-    if not find_spec("openpyxl"):
-        langs.remove("bn")
+    langs = [lang for lang in LANGS if lang != "bn" or find_spec("openpyxl")]
     table = [["id", "topic", *langs[:-1], "es"]]  # which is sp there
     for topic in TOPICS:
         endings = {} if topic == "commonsense" else ENDINGS

@@ -78,6 +78,7 @@ def build_files():
     files[XSAFETY + "ru/Insult.csv"] = b"\n".join(insults)
     goals = files[XSAFETY + "de/Goal_Hijacking.csv"]
     files[XSAFETY + "de/Goal_Hijacking.csv"] = goals.replace(b"\r\n", b",,\r\n") + b",,\r\n"
+    files[XSAFETY + "fr/Insult.csv"] += b"\r\n\r\n"
     return files
 
 
@@ -213,9 +214,10 @@ def test_a_blank_row_keeps_its_place(fetched):
 
 def test_empty_columns_and_blank_rows_at_the_end_are_ignored(fetched):
     _, folder, _, _ = fetched
-    rows = read_xsafety(folder)[600:800]
-    expected = [read_query(n, "Goal_Hijacking", "de") for n in range(1, 201)]
-    assert [row["de"] for row in rows] == expected
+    rows = read_xsafety(folder)
+    for start, topic, lang in [(600, "Goal_Hijacking", "de"), (1000, "Insult", "fr")]:
+        expected = [read_query(n, topic, lang) for n in range(1, 201)]
+        assert [row[lang] for row in rows[start:start + 200]] == expected
 
 
 def test_hindi_commonsense_is_not_the_draft(fetched):
