@@ -4,7 +4,7 @@
     train, heldout = split(queries, 0.2)
 
 A path is a file, or names a file per language: "en=a.jsonl,bbc=b.jsonl". A file is CSV (also with
-semicolons), TSV, JSONL, a JSON array, {"safety": [...]}, question<TAB>answer or a query a line.
+; or |), TSV, JSONL, a JSON array, {"safety": [...]}, question<TAB>answer or a query a line.
 - Wide: a column per language, <lang>, prompt_<lang> or its name; English also ALIASES.
 - Long: a row per language, which a column `language` or `lang` names.
 - Named for its language: also one of ALIASES, a translated column, or the only one.
@@ -26,12 +26,14 @@ ALIASES = ["prompt", "instruction", "goal"]
 BARE = "(no column name)"  # the column of texts that have none
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LINES = "\x1f"             # the delimiter of a file without one
+# names of columns, with one blank around them or none; but "Yes, please" is a query
+HEADER = r'(?!\w+, ) ?[\w"=-]* ?(?:([\t,;|]) ?[\w"=-]* ?)+'
 LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>qa)"
 JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
-NO_TEXT = "label|expected_behavior|answer|choices|.*id"
+NO_TEXT = "label|expected_behavior|answer|choices|.*id|unnamed.*|"  # pandas' index has no name
 TOLD = set()
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
@@ -159,17 +161,28 @@ def parse_json(text):
     return [row if isinstance(row, dict) else {BARE: row} for row in rows]
 
 
+def find_delimiter(first, ending):
+    """What is between the columns of a table, by its first line and the file's ending."""
+    header = re.fullmatch(HEADER, first)
+    if header:
+        return header[1]
+    if ending == ".csv":
+        return max(",;|", key=first.count)
+    return "\t" if ending == ".tsv" or "\t" in first else LINES
+
+
 def parse_table(text, ending):
     """CSV, TSV or a query a line -> rows."""
-    first = text.strip("\r\n").split("\n")[0].rstrip("\r")
-    header = re.fullmatch(r'[\w"-]+(?:([\t,;])[\w"-]+)+', first)
-    usual = {".csv": ",", ".tsv": "\t"}.get(ending, "\t" if "\t" in first else LINES)
-    delimiter = header[1] if header else usual
+    text = text.lstrip("\r\n")
+    first = re.match(r"[^\r\n]*", text)[0]
+    delimiter = find_delimiter(first, ending)
+    text = text.removeprefix(f"sep={delimiter}").lstrip("\r\n")  # Excel's first line
     is_qa = delimiter == "\t" and re.fullmatch(QUESTION_AND_ANSWER, first)
     quoting = csv.QUOTE_NONE if is_qa or delimiter == LINES else csv.QUOTE_MINIMAL
     csv.field_size_limit(1 << 22)  # 128 KiB otherwise: less than a long document
     file = io.StringIO(text, newline="")
-    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True,
+                        skipinitialspace=f'{delimiter} "' in first)
     try:
         lines = list(reader)
     except csv.Error as e:
@@ -179,7 +192,8 @@ def parse_table(text, ending):
         return [{BARE: "".join(cells)} for cells in lines]  # blank ones keep their place
     lines = [cells for cells in lines if cells]
     columns = [BARE, "answer"] if is_qa else lines.pop(0)
-    if len(set(map(str.lower, columns))) < len(columns):
+    names = [name.strip().lower() for name in columns if name.strip()]
+    if len(set(names)) < len(names):
         raise ValueError("has a duplicate column")
     for n, cells in enumerate(lines, 1):
         if len(cells) != len(columns):
@@ -201,12 +215,15 @@ def read_parallel(path, langs):
 
     parts = [read_file(file, [lang], is_named=True) for lang, file in files.items()]
     keys = find_keys(["id"], parts)
-    have_ids = all(find_keys(["id"], [part]) for part in parts)
-    counts = [len(part) for part in parts]
-    if not keys and (have_ids or len(set(counts)) > 1):
-        raise fail(path, f"unmatched: {counts} rows; give each an id that is once in every file")
+    ids = [[clean(row.get("id")) for row in part] for part in parts]
+    counts = [len(cells) for cells in ids]
+    known = {tuple(cells) for cells in ids if any(cells)}
+    if not keys and (len(known) > 1 or len(set(counts)) > 1):
+        raise fail(path, f"unmatched ids, or numbers of rows ({counts}): give each row an id that "
+                         "is once in every file")
     if len(parts) > 1:
-        tell(path, f"joined {'on id' if keys else 'by position'}")
+        how = "on id" if keys else "by position: not every file has an id that is unique"
+        tell(path, f"joined {how}")
     return join(parts, keys)
 
 

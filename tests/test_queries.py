@@ -630,3 +630,27 @@ def test_our_sums_hold_the_same_numbers_in_every_language_and_their_answers_foll
         a, b, c = [*asked[0], 0][:3]
         answers = {a - b + c, a + b - c} if c else {a + b, a - b, a * b, a / b, 2 * a + b}
         assert int(query.answer) in answers - set(asked[0])  # an echo is no answer
+
+
+@pytest.mark.parametrize("text", [
+    "en|jv\nHello, you|Halo, kowe\n", "sep=;\nen;jv\nHello, you;Halo, kowe\n",
+    "sep=,\r\nen,jv\r\n\"Hello, you\",\"Halo, kowe\"\r\n", " en , jv \n\"Hello, you\",\"Halo, kowe\"\n",
+    ";en;jv\n0;Hello, you;Halo, kowe\n", ",en,jv\n0,\"Hello, you\",\"Halo, kowe\"\n",
+    "Unnamed: 0,en,jv\n0,\"Hello, you\",\"Halo, kowe\"\n"])
+def test_tables_as_spreadsheets_write_them(tmp_path, text):
+    path = tmp_path / "q.csv"
+    path.write_text(text, encoding="utf-8", newline="")
+    [query] = load_queries(path, ["en", "jv"], "harmful")
+    assert query.text == {"en": "Hello, you", "jv": "Halo, kowe"}
+
+
+def test_ids_that_are_twice_and_differ_between_files_are_not_joined_by_position(tmp_path, capsys):
+    rows = {"en": ["1", "1", "2"], "jv": ["1", "2", "2"], "sw": ["1", "1", "2"]}
+    for lang, ids in rows.items():
+        lines = [f'{{"id": "{i}", "prompt": "{lang} {n}"}}' for n, i in enumerate(ids)]
+        (tmp_path / f"{lang}.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match="twice in one"):
+        load_queries(f"en={tmp_path}/en.jsonl,jv={tmp_path}/jv.jsonl", ["en", "jv"], "harmful")
+    found = load_queries(f"en={tmp_path}/en.jsonl,sw={tmp_path}/sw.jsonl", ["en", "sw"], "harmful")
+    assert [query.text["sw"] for query in found] == ["sw 0", "sw 1", "sw 2"]
+    assert "by position" in capsys.readouterr().err
