@@ -34,6 +34,7 @@ QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not t
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 NO_TEXT = "label|expected_behavior|answer|choices|.*id|unnamed.*|"  # pandas' index has no name
+TOLD = set()
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
     CODES = {name.lower(): code for code, name in json.load(f).items()}
@@ -71,15 +72,15 @@ def load_queries(path, langs, label=None):
             raise fail(path, f"no column for language {lang}: found {', '.join(columns)[:150]}; "
                              f"a file that is all {lang} is given as {lang}=FILE")
     label_column = "label" if "label" in columns else "expected_behavior"
-    is_labelled = label_column in columns
-    if not is_labelled:
-        label = label or assume_label(path, columns)
+    if label_column not in columns:
+        label_column = None
+        label = label or assume_label(path, rows, columns)
 
     queries = []
     skipped = Counter()
     for n, row in enumerate(rows, 1):
         try:
-            row_label = read_label(row, label_column) if is_labelled else label
+            row_label = read_label(row, label_column) if label_column else label
             queries.append(read_query(row, n, langs, texts, row_label))
         except (RecursionError, TypeError, ValueError) as reason:
             skipped[str(reason)[:80]] += 1
@@ -100,8 +101,8 @@ def split(queries, holdout):
         raise ValueError(f"holdout must be a fraction from 0 to 1, not {holdout}")
     parts = [], []
     for query in queries:
-        words = " ".join(query.key.split())
-        digest = hashlib.sha256(b"queries" + words.encode()).digest()
+        words = (query.key or next(iter(query.text.values()))).split()
+        digest = hashlib.sha256(b"queries" + " ".join(words).encode()).digest()
         is_heldout = int.from_bytes(digest[:6], "big") / 2**48 < holdout
         parts[is_heldout].append(query)
     return parts
@@ -109,22 +110,29 @@ def split(queries, holdout):
 
 # --- what is told
 
+def one_line(text):
+    """Any text as one printable line of at most 400 characters."""
+    return "".join(c if c.isprintable() else " " for c in text[:400])
+
+
 def fail(path, problem):
-    """The ValueError for a file, its message one printable line of at most 400 characters."""
-    line = f"{path[-120:]}: {problem}"[:400]
-    return ValueError("".join(c if c.isprintable() else " " for c in line))
+    """The ValueError for a file, its message one bounded line."""
+    return ValueError(one_line(f"{path[-120:]}: {problem}"))
 
 
-@functools.cache
 def tell(path, what):
     """A line on stderr, once in a process: a file is loaded for one language after another."""
-    print(fail(path, what), file=sys.stderr)
+    line = str(fail(path, what))
+    if line not in TOLD:
+        print(line, file=sys.stderr)
+    TOLD.add(line)
 
 
 # --- a file -> rows: {column: cell}
 
-def parse_file(path):
-    """A file of any format -> rows."""
+@functools.lru_cache(maxsize=16)
+def parse_file(path, modified, size):
+    """A file of any format -> rows, which nobody changes."""
     with open(path, encoding="utf-8-sig", newline="") as f:
         text = f.read().rstrip("\r\n")
     if "\0" in text:
@@ -207,12 +215,12 @@ def read_parallel(path, langs):
 
     parts = [read_file(file, [lang], is_named=True) for lang, file in files.items()]
     keys = find_keys(["id"], parts)
-    ids = [read_cells(part, "id") for part in parts]
+    ids = [[clean(row.get("id")) for row in part] for part in parts]
     counts = [len(cells) for cells in ids]
     known = {tuple(cells) for cells in ids if any(cells)}
     if not keys and (len(known) > 1 or len(set(counts)) > 1):
-        raise fail(path, f"unmatched: {counts} rows, whose ids differ or are twice in one file; "
-                         "give each row an id that is once in every file")
+        raise fail(path, f"unmatched ids, or numbers of rows ({counts}): give each row an id that "
+                         "is once in every file")
     if len(parts) > 1:
         how = "on id" if keys else "by position: not every file has an id that is unique"
         tell(path, f"joined {how}")
@@ -225,7 +233,9 @@ def read_file(path, langs, is_named=False):
     is_named: the file was named for its language, langs[0].
     """
     try:
-        rows = parse_file(os.path.expanduser(path))
+        file = os.path.expanduser(path)
+        found = os.stat(file)
+        rows = parse_file(file, found.st_mtime_ns, found.st_size)
     except (OSError, RecursionError, ValueError) as e:
         problem = getattr(e, "strerror", None) or e
         raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
@@ -240,7 +250,7 @@ def read_file(path, langs, is_named=False):
     if is_named or len(langs) == 1 and BARE in columns:
         move(rows, find_text(path, columns, langs[0]), langs[0])
     elif not find_own(columns, "id"):
-        ids = "".join(read_cells(rows, "id"))
+        ids = "".join(clean(row.get("id")) for row in rows)
         if re.search(r"\s", ids) or "id" in langs and re.fullmatch(r"\D+", ids):
             move(rows, "id", "id")  # Indonesian, not row ids
     return rows
@@ -266,7 +276,7 @@ def widen(path, rows, columns, langs, language):
     groups = {}
     for row in rows:
         groups.setdefault(read_code(clean(row.get(language))), []).append(row)
-    counts = {lang: len(group) for lang, group in groups.items()}
+    counts = str({lang: len(group) for lang, group in groups.items()})[:150]
     tell(path, f"rows by {language}: {counts}")
     if not set(langs) <= set(groups):
         raise fail(path, f"not all of {langs} are in its column {language}, which holds {counts}")
@@ -289,9 +299,9 @@ def find_keys(columns, parts):
     """The columns that have the same values in every part, and no value twice."""
     keys = []
     for column in columns:
-        cells = [sorted(read_cells(part, column)) for part in parts]
-        unique = sorted(set(cells[0]) - {""})
-        if all(part == unique for part in cells):
+        first, *others = [sorted(clean(row.get(column)) for row in part) for part in parts]
+        is_unique = "" not in first and len(set(first)) == len(first)
+        if is_unique and all(other == first for other in others):
             keys.append(column)
     return keys
 
@@ -326,28 +336,22 @@ def find_own(columns, lang):
 def find_text(path, columns, lang, hint="translat"):
     """The column of texts where the language is known."""
     own = find_own(columns, lang)
-    if own:
-        return own
-
-    translated = [name for name in columns if "translated" in name and lang != "en"]
-    named = [name for name in columns if name in ALIASES or hint in name]
-    others = [name for name in columns if not re.fullmatch(NO_TEXT, name)
-              and read_code(name) not in CODES.values()]
-    found = translated or named or others
-    if len(found) == 1 or columns == ["id"]:
-        return (found or columns)[0]
-    raise fail(path, f"no column, or more than one, may be {lang}: "
-                     f"{', '.join(found or columns)[:150]}; call it {lang}")
+    translated = [name for name in columns if "translated" in name]
+    if own or len(translated) == 1 and lang != "en":
+        return own or translated[0]
+    found = [name for name in columns if name in ALIASES or hint in name]
+    if not found:
+        found = [name for name in columns if not re.fullmatch(NO_TEXT, name)
+                 and read_code(name) not in CODES.values()]
+    if len(found) != 1 and columns != ["id"]:
+        names = ", ".join(found or columns)[:150]
+        raise fail(path, f"no column, or more than one, may be {lang}: {names}; call it {lang}")
+    return (found or columns)[0]
 
 
 def clean(value):
     """A cell as text, "" for None."""
     return "" if value is None else str(value).strip()
-
-
-def read_cells(rows, column):
-    """The cells of a column as text."""
-    return [clean(row.get(column)) for row in rows]
 
 
 # --- wide rows -> queries
@@ -390,12 +394,14 @@ def read_label(row, column):
     return match.lastgroup
 
 
-def assume_label(path, columns):
+def assume_label(path, rows, columns):
     """harmful, and says so; with answers a label is asked for."""
     if "answer" in columns:
         raise fail(path, "has answers and no label: say what its rows are, as by --label qa")
-    tell(path, "every row is taken as harmful: no column label or expected_behavior among "
-               f"{', '.join(columns)}")
+    few = [name for name in columns
+           if name.islower() and len({str(row.get(name)) for row in rows}) <= 3]
+    tell(path, "no column label or expected_behavior: every row is taken as harmful; of few "
+               f"values, so perhaps a label: {few}")
     return "harmful"
 
 
@@ -405,7 +411,7 @@ def read_choices(row):
     if isinstance(value, str) and value:
         value = json.loads(value)
     if isinstance(value, list):
-        value = {"text": value}
+        value = dict(zip(LETTERS, value))
     if not isinstance(value, dict):
         value = {name[-1]: row[name] for name in row if re.fullmatch(CHOICE, name)}
     if "text" in value:
@@ -416,13 +422,14 @@ def read_choices(row):
 
 def settle_answers(path, queries):
     """Answers -> the letters of their choices, if one reading alone fits the whole file."""
+    numbers = [str(n) for n in range(99)]
     places = []
     for query in queries:
         answer = query.answer.upper()
-        names = [(name, text.upper(), str(n), str(n + 1))
-                 for n, (name, text) in zip(range(26), query.choices.items())]
-        places.append([reading.index(answer) if answer in reading else None
-                       for reading in zip(*names)])
+        texts = [text.upper() for text in query.choices.values()][:len(LETTERS)]
+        readings = [list(query.choices), texts, numbers, numbers[1:]]
+        places.append([names.index(answer) if answer in names[:len(texts)] else None
+                       for names in readings])
 
     possible = {reading for reading in zip(*places) if None not in reading}
     if queries and len(possible) != 1:
