@@ -68,8 +68,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
     bad = 0
     for step in (bar := tqdm(range(start, args.steps), "msd", args.steps, initial=start)):
         began = time.perf_counter()
-        if student.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak(student.device)
 
         # 1. queries, each under two contexts: the student's and the teacher's
         batch = pick_batch(args, pools, step)[rank::world]  # a process's share
@@ -286,11 +285,11 @@ def load_models(args, device, dtype):
         student = peft.get_peft_model(model, peft.LoraConfig(
             r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
             task_type="CAUSAL_LM"))
+    trained = [p.requires_grad for p in student.parameters()]
     if args.teacher == "ema":
         teacher = copy_frozen(student)
-    add_masters(student, [p.requires_grad for p in student.parameters()])
-    if args.teacher == "ema":
-        add_masters(teacher, [p.requires_grad for p in student.parameters()])
+        add_masters(teacher, trained)
+    add_masters(student, trained)
     if args.grad_checkpoint:
         enable_grad_checkpoint(student)
     return student, teacher or student, tokenizer
@@ -426,9 +425,9 @@ def check_out(args):
 
 def start_out(args):
     """Make --out with its args.json; what is there of an earlier run goes, but under --resume."""
-    path = Path(args.out, "args.json")
     if RANK:
         return
+    path = Path(args.out, "args.json")
     if not args.resume:
         shutil.rmtree(args.out, ignore_errors=True)
     elif json.loads(path.read_text(encoding="utf-8")).get("prompts") != args.prompts:
@@ -556,6 +555,12 @@ def save_tables(path, rows, items):
     """What an evaluation found, for the tables that follow."""
     if RANK == 0:
         evaluation.write(path, json.dumps((rows, items)))
+
+
+def reset_peak(device):
+    """Begin a new peak, where the device keeps one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def peak_memory(device):

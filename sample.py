@@ -386,11 +386,16 @@ def find_head(model, known=weakref.WeakKeyDictionary()):
 
 def find_rope_limit(model):
     """The tokens past which positions depend on the longest row of a batch (dynamic, long RoPE)."""
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
+    rope = find_rope(model)
     if rope.get("rope_type") not in ("dynamic", "longrope"):
         return math.inf
-    return rope.get("original_max_position_embeddings") or config.max_position_embeddings
+    original = rope.get("original_max_position_embeddings")
+    return original or model.config.get_text_config().max_position_embeddings
+
+
+def find_rope(model):
+    """A model's rope parameters; {} without."""
+    return getattr(model.config.get_text_config(), "rope_parameters", None) or {}
 
 
 # --- prompts ---
@@ -480,10 +485,9 @@ def find_vocab_size(tokenizer):
 
 def find_context(model):
     """The most tokens that a model takes, prompt and response together."""
-    config = model.config.get_text_config()
-    most = getattr(config, "max_position_embeddings", None) or math.inf
-    rope = getattr(config, "rope_parameters", None) or {}
-    return math.inf if rope.get("rope_type") == "dynamic" else most
+    if find_rope(model).get("rope_type") == "dynamic":
+        return math.inf
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
 
 def read_template(name, flag="--teacher-prompt"):

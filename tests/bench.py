@@ -13,7 +13,8 @@
 The sides of a ratio take turns in one run, after a warm-up each; ratios are of medians. Memory is
 the peak of a process that runs nothing else (GB of 1e9 bytes, resident; of the loss: above its
 inputs), warm-up included. TRL is needed for `step` alone: pip install "trl==1.16.*", or
---trl-python VENV/bin/python. The environment (OMP_NUM_THREADS, …) holds for all sides. Nothing else should run.
+--trl-python VENV/bin/python. The environment (OMP_NUM_THREADS, …) holds for all sides. Nothing else
+should run.
 """
 import argparse
 import itertools
@@ -462,7 +463,7 @@ def plan_prompts(args, model, tokenizer):
     """{"student", "teacher": the prompts of each of the first steps, lists of ids}."""
     args.cot_tokens, cot_tokens = 0, args.cot_tokens  # nothing can be written without weights
     template = read_template(args.teacher_prompt)
-    langs = args.lang.split(",")
+    langs = msd.evaluation.split_langs(args.lang)
     queries = []
     for path in args.data:
         queries += load_queries(path, [args.source_lang, *langs], args.label)
@@ -666,7 +667,8 @@ def main():
     add("--clock", choices=["wall", "cpu"], default="wall",
         help="cpu: the process's own seconds, for a machine that is not free")
     add("--reps", type=int, default=3, help="repetitions after the warm-up")
-    add("--tokens", type=int, default=32, help="response tokens of sample, step, plan and processes")
+    add("--tokens", type=int, default=32,
+        help="response tokens of sample, step, plan and processes")
     add("--batch", type=numbers, default="16", help="of sample and processes: 1,16,64")
     add("--vocab", type=numbers, default="49152,262144", help="V of the loss")
     add("--trl-python", default=sys.executable,

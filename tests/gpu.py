@@ -12,6 +12,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -347,8 +348,6 @@ def check_sdpa():
 
 def check_plan():
     """The peak of a step's learning against `bench.py plan`, of the embedded model."""
-    import subprocess
-
     # run_msd's own flags
     flags = f"--device {DEVICE.type} --batch-size 4 --max-new-tokens 8 --eval-every 0"
     command = [sys.executable, str(ROOT / "tests" / "bench.py"), "plan", "--dry", "--flags", flags]

@@ -1004,9 +1004,11 @@ def test_where_a_process_is_killed_the_others_end_and_the_checkpoint_is_whole(fo
     process = start_processes("--lang", "jv", "--model", folder, *QUICK, "--steps", 100000,
                               "--save-every", 1, "--out", out, "--data",
                               write_queries(tmp_path / "q.csv"))
-    deadline = datetime.now().timestamp() + 60
-    while not (out / "checkpoint.pt").is_file() and datetime.now().timestamp() < deadline:
-        pass
+    told = ""
+    while not re.search(r" ([2-9]|\d\d+)/100000 ", told):  # the first step's checkpoint is there
+        read = process.stderr.read(1)
+        assert read, told
+        told += read
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[-1]), signal.SIGKILL)
     process.communicate(timeout=60)

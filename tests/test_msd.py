@@ -263,7 +263,7 @@ def test_under_gradient_checkpointing_the_sampler_still_decodes_with_its_cache(s
     msd.enable_grad_checkpoint(student)
     calls = spy(student.get_base_model() if hasattr(student, "peft_config") else student)
     assert sample(student, PROMPTS, max_new_tokens=4, stop_ids=[], temperature=0) == want
-    assert [call[1] for call in calls][-3:] == [1, 1, 1]
+    assert [call[1] for call in calls][2:] == [1, 1, 1]  # the prompts are read in two batches
 
 
 # --- teachers ---
