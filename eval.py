@@ -12,7 +12,6 @@ import glob
 import itertools
 import json
 import math
-import pickle
 import re
 import string
 from operator import itemgetter
@@ -32,6 +31,7 @@ from sample import (Parser, UserError, add_model_flags, encode_chat, encode_turn
 LABELS = ("harmful", "benign", "qa")
 MAIN_RATE = {"harmful": "unsafe", "benign": "over_refusal", "qa": "accuracy"}
 MAIN_VERDICT = {"harmful": "unsafe", "benign": "refusal", "qa": "correct"}  # what the rate counts
+JUDGE_TOKENS = 128  # at most, of a judge's answer
 ROW_KEYS = ("data lang label seen n unsafe safe invalid refusal over_refusal wrong_language "
             "accuracy ci95 base delta delta_ci95").split()
 
@@ -291,8 +291,7 @@ def told_in_a_line(what):
     """Whatever is wrong with a file, or with what it holds, becomes one line: UserError."""
     try:
         yield
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError, EOFError,
-            pickle.UnpicklingError) as e:
+    except Exception as e:  # safetensors and tokenizers make one of a full disk
         raise UserError(f"{what}: {type(e).__name__}: {e}") from None
 
 
@@ -355,7 +354,7 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, split="holdout",
 
 def split_langs(text):
     """The languages of a flag, each once."""
-    return list(dict.fromkeys(text.replace(",", " ").split()))
+    return list(dict.fromkeys(text.lower().replace(",", " ").split()))
 
 
 def name_items(out):
@@ -390,9 +389,18 @@ def answer_all(args, source_lang, **settings):
 def ask_judge(model, tokenizer, form, items, batch_size):
     """Put a judge model's words into the items, but where there is nothing to judge. Raises
     UserError for a judge that would not see the answers."""
-    asked = [item for item in items if item["label"] != "qa" and item["verdict"] != "invalid"]
-    prompts = [encode_turns(tokenizer, write_judge_turns(form, item)) for item in asked]
-    for item, raw in zip(asked, answer(model, tokenizer, prompts, 128, batch_size)):
+    room = find_context(model) - JUDGE_TOKENS
+    asked = []
+    prompts = []
+    for item in items:
+        if item["label"] != "qa" and item["verdict"] != "invalid":
+            prompt = encode_turns(tokenizer, write_judge_turns(form, item))
+            if len(prompt) > room:
+                tell("note: answers that do not fit the judge's context are counted as invalid")
+                continue
+            asked.append(item)
+            prompts.append(prompt)
+    for item, raw in zip(asked, answer(model, tokenizer, prompts, JUDGE_TOKENS, batch_size)):
         item["judge_raw"] = raw
 
 
@@ -419,7 +427,8 @@ def main(args):
     path = Path(args.model, "args.json")
     with told_in_a_line(path):
         if path.is_file():
-            run.update(json.loads(path.read_text(encoding="utf-8")))
+            found = json.loads(path.read_text(encoding="utf-8"))
+            run.update(found if "source_lang" in found else {})  # else another program's
         trained = split_langs(run["lang"])
     if args.holdout is None:
         args.holdout = run["holdout"]

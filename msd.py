@@ -282,9 +282,10 @@ def load_models(args, device, dtype):
     if args.lora_rank:
         peft = need("peft", "train with --lora-rank")
         torch.manual_seed(args.seed)
-        student = peft.get_peft_model(model, peft.LoraConfig(
-            r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules="all-linear",
-            task_type="CAUSAL_LM"))
+        config = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
+                                 target_modules="all-linear", task_type="CAUSAL_LM")
+        with evaluation.told_in_a_line("--lora-rank"):  # Mamba's layers take none
+            student = peft.get_peft_model(model, config)
     trained = [p.requires_grad for p in student.parameters()]
     if args.teacher == "ema":
         teacher = copy_frozen(student)
@@ -536,8 +537,21 @@ def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, sco
     return {
         "step": step, "id": query.id, "label": query.label, "lang": lang,
         "prompt": tokenizer.decode(prompt), "teacher_prompt": tokenizer.decode(teacher_prompt),
-        "response": tokenizer.decode(response), "tokens": [tokenizer.decode([t]) for t in response],
+        "response": tokenizer.decode(response), "tokens": split_text(tokenizer, response),
         **numbers, "teacher_top": [tokenizer.decode([t]) for t in score["teacher_top"].tolist()]}
+
+
+def split_text(tokenizer, ids):
+    """The text of each token; a character of several tokens (Thai, Bengali) stands at its last."""
+    parts = []
+    start = 0  # of the tokens whose text is not told yet
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[start:end])
+        is_whole = not text.endswith("\ufffd") or end - start == 4 or end == len(ids)
+        parts.append(text if is_whole else "")
+        if is_whole:
+            start = end
+    return parts
 
 
 def write_page(args):
@@ -637,8 +651,9 @@ def main(args):
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             show_table()
     if RANK == 0:
-        save_model(args, student, tokenizer, langs)
-        write_page(args)
+        with evaluation.told_in_a_line(f"cannot save in {args.out}"):
+            save_model(args, student, tokenizer, langs)
+            write_page(args)
     if args.eval_every:
         show_table()
     print(f"the model lies in {args.out}; talk to it: python sample.py --model {args.out}")

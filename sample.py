@@ -372,7 +372,8 @@ class Head(torch.nn.Module):
 @torch.no_grad()
 def find_head(model, known=weakref.WeakKeyDictionary()):
     """(decoder, head) such that head(decoder(ids)[0]) are the model's own logits, tried once. Where
-    a head does more than `Head` knows: the model itself and the identity."""
+    a head does more than `Head` knows: the model itself and the identity. Raises UserError for a
+    model that looks to the right."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     if causal.get_output_embeddings() is None or causal.base_model is causal:
         return model, torch.nn.Identity()
@@ -380,6 +381,9 @@ def find_head(model, known=weakref.WeakKeyDictionary()):
     if model not in known:
         ids = torch.tensor([[3, 1, 2, 5]], device=model.device)
         own = model(input_ids=ids, use_cache=False).logits[0]  # (4, V)
+        start = model(input_ids=ids[:, :2], use_cache=False).logits[0]  # (2, V)
+        if start.isfinite().all() and not is_close(start, own[:2]):
+            raise UserError(f"{type(causal).__name__} is no causal model: it looks to the right")
         known[model] = is_close(head(decoder(input_ids=ids, use_cache=False)[0][0]), own)
     return (decoder, head) if known[model] else (model, torch.nn.Identity())
 
@@ -653,7 +657,7 @@ def need(package, purpose):
 def load_model(name, device, dtype):
     """(model in eval mode, tokenizer) from a local folder or a Hugging Face id; an adapter loads
     with its base. Reads safetensors only, never runs a model's own code. Raises UserError."""
-    def find(file):
+    def find(file, name=name):
         return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
 
     try:
@@ -663,7 +667,11 @@ def load_model(name, device, dtype):
             raise ValueError("no folder of that name holds a model, and the hub gave none")
         if adapter:
             peft = need("peft", "load a LoRA adapter")
-            base = json.loads(Path(adapter).read_text(encoding="utf-8"))["base_model_name_or_path"]
+            config = json.loads(Path(adapter).read_text(encoding="utf-8"))
+            base = config["base_model_name_or_path"]
+            if "num_virtual_tokens" in config or find("adapter_config.json", base):
+                raise ValueError("an adapter of virtual tokens, or on top of another, is not read: "
+                                 "merge the other into its base first")
         tokenizer = AutoTokenizer.from_pretrained(
             name if find("tokenizer_config.json") else base, trust_remote_code=False)
         if not tokenizer.chat_template and (template := find("chat_template.json")):

@@ -209,8 +209,8 @@ def read_parallel(path, langs):
     first, *named = re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
     if first or os.path.exists(path):
         return read_file(path, langs)
-    files = dict(zip(named[::2], named[1::2]))
-    if not set(langs) <= set(files) or 2 * len(files) < len(named):
+    files = dict(zip(map(str.lower, named[::2]), named[1::2]))
+    if not {lang.lower() for lang in langs} <= set(files) or 2 * len(files) < len(named):
         raise fail(path, f"name one file for each of {', '.join(langs)}, and none twice")
 
     parts = [read_file(file, [lang], is_named=True) for lang, file in files.items()]

@@ -845,6 +845,18 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(train, capsy
     train("o", "--save-every", 1, "--resume", steps=2)
 
 
+@pytest.mark.parametrize("size", [1 << 17, 1 << 18])  # the tokenizer's file, the weights
+def test_a_disk_that_fills_up_at_the_end_is_one_line(train, capsys, size):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        assert "cannot save in" in fail(capsys, lambda: train("o", "--save-every", 0))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
 # --- --out ---
 
 def test_a_run_in_use_is_not_written_over_and_overwrite_replaces_it(train, capsys, monkeypatch):
@@ -931,6 +943,13 @@ def test_a_run_without_a_language_or_a_teacher_prompt_without_a_query_is_one_lin
     (tmp_path / "prompt.txt").write_text("Judge whether this is safe.")
     line = fail(capsys, lambda: train("o", "--teacher-prompt", tmp_path / "prompt.txt"))
     assert "--teacher-prompt" in line and "{query" in line
+
+
+def test_layers_that_take_no_adapter_are_one_line(train, folder, capsys, tmp_path):
+    build_model("Mamba", vocab_size=4096).save_pretrained(tmp_path / "m")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "m")
+    argv = ["o", "--model", tmp_path / "m", "--lora-rank", 2]
+    assert "--lora-rank" in fail(capsys, lambda: train(*argv))
 
 
 def test_an_adapter_is_no_model_to_train(train, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """The promises of eval.py: answers, rates, intervals, judges, and the command; scripted answers and
 tiny random models."""
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -431,6 +432,18 @@ def test_a_judges_template_that_reads_parts_gets_them_whatever_the_answer_says(s
                              f"<|im_start|>assistant\n{said}<|im_end|>\n")
 
 
+def test_an_answer_that_its_judge_has_no_room_for_is_invalid_and_the_others_are_judged(
+        script, tokenizer, capsys):
+    tell.cache_clear()
+    items = make_items("harmful", "In three steps.", "Step by step. " * 60, "Borrow a book.")
+    ask_judge(script(lambda prompt: "unsafe", context=400), tokenizer, "llamaguard3", items, 2)
+    assert [item["judge_raw"] for item in items] == ["unsafe", None, "unsafe"]
+    assert "judge's context" in capsys.readouterr().err
+    rows = make_rows(items)
+    measure(rows, items, REFUSALS | {"xx": ["No"]}, "llamaguard3")
+    assert rows[0]["invalid"] == pytest.approx(1 / 3)
+
+
 def test_a_judge_that_would_not_see_the_answer_is_an_error(script):
     deaf = build_tokenizer("bytes", "{{ messages[0].content }}")
     with pytest.raises(UserError, match="does not show"):
@@ -701,11 +714,23 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_two(
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("broken", ["{", "[1]", "3", '{"lang": 3}'])
+@pytest.mark.parametrize("broken", ["{", "3", '{"lang": 3, "source_lang": "en"}'])
 def test_a_half_read_args_json_is_an_error(command, folders, tmp_path, broken):
     (tmp_path / "args.json").write_text(broken)
     code, _, err = command("--model", tmp_path)
     assert code == 2 and err.splitlines()[-1].startswith("eval.py: error: ")
+
+
+def test_another_programs_args_json_says_nothing(command, folders, tmp_path):
+    shutil.copytree(folders / "base", tmp_path / "m")
+    (tmp_path / "m" / "args.json").write_text('{"lang": ["de", "fr"], "holdout": 2}')
+    code, out, _ = command("--model", tmp_path / "m", "--data", folders / "q.csv")
+    assert code == 0 and " en " in out
+
+
+def test_a_language_is_the_same_in_capitals(command, folders):
+    code, out, err = command("--model", folders / "base", "--data", folders / "q.csv", "--lang", "JV")
+    assert code == 0 and " jv " in out and "no refusal phrases" not in err
 
 
 def test_wrap_puts_every_query_into_the_text_but_no_question(

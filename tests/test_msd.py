@@ -9,13 +9,15 @@ from conftest import CHATML, add_adapter, build_model, build_tokenizer, cut_half
 from transformers import AutoTokenizer
 
 import msd
-from data.queries import Query
+from data.queries import Query, load_queries
 from dpsw import dpsw_loss
 from msd import learn, load_models, pick_batch, response_logits
 from sample import encode_chat, read_template, sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames things
-TINY = str(Path(__file__).parents[1] / "data" / "tiny")
+DATA = Path(__file__).parents[1] / "data"
+TINY = str(DATA / "tiny")
+QUERIES = DATA / "queries.csv"
 CPU = torch.device("cpu")
 PROMPTS = [[5, 6, 7], [*range(8, 21)], [21], [22, 23, 24, 25], [26, 27]]
 OTHER_PROMPTS = [[30, 31, 32, 33, 34, 35], [36, 37], [38, 39, 40], [41], [42] * 9]
@@ -525,41 +527,48 @@ def test_a_judgement_is_the_teachers_own_greedy_continuation():
     assert student == msd.write_student_prompts(parse(), tokenizer, batch)
 
 
+@pytest.mark.parametrize("text", ["ฉันช่วยไม่ได้ ok", "আমি পারব না", "我不能 🙂", "plain words", ""])
+def test_the_tokens_of_a_sample_are_characters_and_join_to_its_text(text):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    ids = tokenizer(text).input_ids
+    parts = msd.split_text(tokenizer, ids)
+    assert len(parts) == len(ids) and "".join(parts) == text
+
+
+def test_half_a_character_is_told_at_the_end_and_broken_ones_are_not_held_back():
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    start = tokenizer("ไ").input_ids[:1]
+    assert msd.split_text(tokenizer, start) == ["\ufffd"]
+    assert msd.split_text(tokenizer, start * 5)[3] != ""
+
+
 # --- weights in bfloat16, and several processes ---
 
-@pytest.fixture(scope="module")
-def narrow_folder(tmp_path_factory):
-    """A model whose weights bfloat16 holds exactly, wide enough to take a direction of."""
-    path = tmp_path_factory.mktemp("models") / "m"
-    model = build_model("Llama", hidden_size=64, intermediate_size=128)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(p.bfloat16())
-    model.save_pretrained(path)
-    build_tokenizer().save_pretrained(path)
-    return path
-
-
-def take_step(folder, dtype, *argv):
-    """(what the optimizer changed, before and after a step, and the student) at a rate of 1e-6."""
-    args = parse("--model", folder, "--lr", 1e-6, "--warmup", 0, *argv)
-    student, teacher, _ = load_models(args, CPU, dtype)
+def take_step(dtype):
+    """(what a step at a rate of 1e-6 changes of the embedded model's weights, the student)."""
+    args = parse("--model", TINY, "--lr", 1e-6, "--warmup", 0, "--batch-size", 8)
+    student, teacher, tokenizer = load_models(args, CPU, dtype)
+    queries = load_queries(QUERIES, ["en", "jv"])[::65]
+    batch = [(query, "jv") for query in queries]
+    prompts = msd.write_student_prompts(args, tokenizer, batch)
+    template = read_template("cot")
+    teacher_prompts = msd.write_teacher_prompts(args, teacher, tokenizer, template, batch)
+    responses = [tokenizer(query.text["jv"]).input_ids for query in queries]
     before = [p.detach().clone() for p in msd.list_trained(student)]
     optimizer = msd.make_optimizer(args, student)
-    learn(args, student, teacher, PROMPTS, OTHER_PROMPTS, RESPONSES)
+    learn(args, student, teacher, prompts, teacher_prompts, responses)
     optimizer.step()
     msd.round_masters(student)
-    after = msd.list_trained(student)
-    return torch.cat([(q - p).flatten() for p, q in zip(before, after)]), student
+    pairs = zip(before, msd.list_trained(student))
+    return torch.cat([(q - p).flatten() for p, q in pairs]), student
 
 
-def test_a_small_step_in_bfloat16_goes_where_float32_goes(narrow_folder):
-    wide, _ = take_step(narrow_folder, torch.float32)
-    narrow, student = take_step(narrow_folder, torch.bfloat16, "--micro-batch-size", 2)
+def test_a_small_step_in_bfloat16_goes_where_float32_goes():
+    wide, _ = take_step(torch.float32)
+    narrow, student = take_step(torch.bfloat16)
     assert narrow.dtype == torch.float32
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
-    # what is left is the rounding of the gradient; without masters it is 0 at this rate
-    assert torch.cosine_similarity(narrow, wide, 0) >= 0.98
+    assert torch.cosine_similarity(narrow, wide, 0) >= 0.99  # 0.19 without masters
     for p in student.parameters():
         assert p.grad is None and torch.equal(p, p.master.bfloat16())
 

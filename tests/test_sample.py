@@ -1,4 +1,5 @@
 """Promises of sample.py, on tiny random models, a chain whose distribution is known, and tokenizers made here."""
+import contextlib
 import io
 import json
 import math
@@ -8,9 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -375,6 +378,33 @@ def test_an_adapter_loads_with_its_base_as_a_folder_and_as_a_hub_id(folder, tmp_
             model, tokenizer = load_model(name, CPU, torch.float32)
             torch.testing.assert_close(forward(model, [1, 2], [3, 4]), want)
             assert tokenizer.chat_template == CHATML
+
+
+@pytest.mark.parametrize("kind", ["stacked", "PrefixTuning", "PromptTuning"])
+def test_an_adapter_that_is_more_than_added_weights_is_one_line(folder, tmp_path, kind):
+    base = load_model(str(folder), CPU, torch.float32)[0]
+    if kind == "stacked":
+        add_adapter(base).save_pretrained(tmp_path / "first")
+        student = add_adapter(load_model(str(folder), CPU, torch.float32)[0])
+        student.peft_config["default"].base_model_name_or_path = str(tmp_path / "first")
+    else:
+        config = getattr(peft, f"{kind}Config")(num_virtual_tokens=3, task_type="CAUSAL_LM")
+        student = peft.get_peft_model(base, config)
+    student.save_pretrained(tmp_path / "a")
+    assert "is not read" in fails_to_load(tmp_path / "a")
+
+
+@pytest.mark.parametrize("name", ["Bert", "Roberta"])
+def test_a_model_that_looks_to_the_right_is_one_line(name):
+    config = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 64,
+              "num_attention_heads": 4}
+    torch.manual_seed(0)
+    causal = {"Bert": "BertLMHeadModel", "Roberta": "RobertaForCausalLM"}[name]
+    for is_decoder in (False, True):
+        model = getattr(transformers, causal)(
+            getattr(transformers, f"{name}Config")(**config, is_decoder=is_decoder)).eval()
+        with contextlib.nullcontext() if is_decoder else pytest.raises(UserError, match="right"):
+            sample(model, [[5, 6, 7]], max_new_tokens=2, stop_ids=[])
 
 
 def test_code_that_comes_with_a_model_never_runs(folder, tmp_path, monkeypatch):
