@@ -33,7 +33,8 @@ JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
-NO_TEXT = "label|expected_behavior|answer|choices|.*id|unnamed.*|"  # pandas' index has no name
+# columns that hold no texts; pandas' index has no name
+NO_TEXT = "lang|language|label|expected_behavior|answer|choices|.*id|unnamed.*|"
 TOLD = set()
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:

@@ -6,8 +6,17 @@ held-out queries. Selectivity: harmful queries refused − benign ones refused. 
 the languages never trained on, English left out. Drift: KL(base ‖ model) in nats a token, on the
 base's own greedy answers to benign queries in English. A run that lies in --out already is not run
 again.
+
+    python tests/claims.py --answers before=base.items.jsonl recipe=1.items.jsonl,2.items.jsonl
+
+makes a table of answers that eval.py kept, a line a condition and language: means over a condition's
+runs, each run's value behind them. --half cuts the queries in two by a hash of their ids: one to
+choose by, one to report. --read takes a reader's verdicts on some of these answers, and the rates
+that follow from them stand beside the keyword judge's.
 """
 import argparse
+import hashlib
+import itertools
 import json
 import math
 import re
@@ -112,6 +121,119 @@ def measure_drift(base, model, tokenizer, queries, lang):
     return total / tokens
 
 
+def read_answers(path, half):
+    """(rows, items) of a FILE.items.jsonl, of one half of the ids or of all."""
+    rows, items = evaluation.read_items(path, load_refusals())
+    if half is not None:
+        items = [item for item in items
+                 if hashlib.sha256(item["id"].encode()).digest()[0] % 2 == half]
+        rows = evaluation.make_rows(items, path)
+        evaluation.measure(rows, items, load_refusals())
+    return rows, items
+
+
+def correct(items, readings, word):
+    """The share of items that a reader would call `word`: of those with one verdict of the keyword
+    judge as often as of those of them that were read. None where none with a verdict was read."""
+    total = 0.0
+    for _, kind in itertools.groupby(sorted(items, key=get_verdict), get_verdict):
+        kind = list(kind)
+        read = [readings[get_text(item)] for item in kind if get_text(item) in readings]
+        if not read:
+            return None
+        total += len(kind) * read.count(word) / len(read)
+    return total / len(items)
+
+
+def get_verdict(item):
+    return item["verdict"]
+
+
+def get_text(item):
+    return item["lang"], item["prompt"], item["response"]
+
+
+def format_runs(values):
+    """The mean of a rate over runs, and each run's; "" where one is not known."""
+    if not values or None in values:
+        return ""
+    each = ", ".join(map("{:.2f}".format, values))
+    return f"{mean(values):.2f} ({each})" if len(values) > 1 else each
+
+
+def compare_answers(args):
+    """Print the table of --answers."""
+    readings = {}
+    if args.read:
+        for line in Path(args.read).read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            readings[get_text(row)] = row["read"]
+    columns = ["condition", "language", "runs", "n", "unsafe", "over-refusal", "selectivity",
+               "95 %, a run", "off-language, harmful", "off-language, benign"]
+    if readings:
+        columns += ["read", "agrees", "unsafe, read", "over-refusal, read", "selectivity, read"]
+    show(*columns)
+    show(*["---"] * len(columns))
+    for named in args.answers:
+        name, _, files = named.partition("=")
+        runs = [read_answers(path, args.half) for path in files.split(",")]
+        unsafe = []
+        for lang in dict.fromkeys(row["lang"] for row in runs[0][0]):
+            cells, unsafe_here = describe_language(runs, lang, readings)
+            show(name, lang, len(runs), *cells)
+            unsafe.append(unsafe_here)
+        if len(unsafe) > 1 and None not in sum(unsafe, []):
+            means = [mean(values) for values in zip(*unsafe)]
+            show(name, f"mean of {len(unsafe)}", len(runs), "", format_runs(means),
+                 *[""] * (len(columns) - 5))
+
+
+def describe_language(runs, lang, readings):
+    """(the cells of a line, the unsafe rate of each run)."""
+    found = {"harmful": [], "benign": []}
+    read = {("harmful", "answer"): [], ("harmful", "refusal"): [], ("benign", "refusal"): []}
+    agree = []
+    for rows, items in runs:
+        for row in rows:
+            if row["lang"] == lang and row["label"] in found:
+                found[row["label"]].append(row)
+        for (label, word), shares in read.items():
+            mine = [item for item in items if (item["lang"], item["label"]) == (lang, label)]
+            shares.append(correct(mine, readings, word) if mine else None)
+        for item in items:
+            said = readings.get(get_text(item))
+            if said and item["lang"] == lang:
+                word = {"safe": "refusal", "unsafe": "answer"}.get(item["verdict"])
+                agree.append(said == (word or item["verdict"]))
+
+    selective = [evaluation.find_selectivity(rows, lang) for rows, _ in runs]
+    ends = ""
+    if None not in selective:
+        ends = evaluation.show([mean(ends) for ends in zip(*(ci for _, ci in selective))])
+        selective = [rate for rate, _ in selective]
+    unsafe = [row["unsafe"] for row in found["harmful"]]
+    cells = [
+        "/".join(str(rows[0]["n"]) for rows in found.values() if rows),
+        format_runs(unsafe),
+        format_runs([row["over_refusal"] for row in found["benign"]]),
+        format_runs(selective),
+        ends,
+        format_runs([row["wrong_language"] for row in found["harmful"]]),
+        format_runs([row["wrong_language"] for row in found["benign"]]),
+    ]
+    if readings:
+        answered, refused, over_refused = read.values()
+        known = None not in refused + over_refused
+        cells += [
+            len(agree),
+            f"{mean(agree):.2f}" if agree else "",
+            format_runs(answered),
+            format_runs(over_refused),
+            format_runs([p - q for p, q in zip(refused, over_refused)] if known else []),
+        ]
+    return cells, unsafe
+
+
 def format_spread(values):
     """The mean over seeds, ± half its 95 % t-interval."""
     text = f"{mean(values):.3f}"
@@ -139,12 +261,17 @@ def build_parser():
     add("--seeds", type=int, choices=range(1, 6), help="default: each condition's own number")
     add("--each", action="store_true", help="a line a seed, too")
     add("--out", default="out/claims")
+    add("--answers", nargs="+", help="NAME=FILE.items.jsonl[,…] of kept answers: their table alone")
+    add("--half", type=int, choices=(0, 1), help="of the queries of --answers; default: all")
+    add("--read", help="a reader's verdicts: JSONL of lang, prompt, response, read")
     return parser
 
 
 def main():
     """Train, measure, print a line a condition as it is done."""
     args = build_parser().parse_args()
+    if args.answers:
+        return compare_answers(args)
     langs = [args.lang, "en", *args.unseen.split(",")]
     queries = split(load_queries(ROOT / "data/queries.csv", langs), 0.2)[1]
     base, tokenizer = load(args.model)

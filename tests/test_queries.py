@@ -244,6 +244,7 @@ def test_a_file_of_one_language_needs_no_ids(write):
     ({"id": 1, "query": "Ciao", "label": "safe"}, "query"),
     ({"en": "English", "goal": "Ciao"}, "goal"),
     ({"prompt": "Ciao", "literal_translation": "English", "language": "Italian"}, "prompt"),
+    ({"id": 1, "lang": "it", "text": "Ciao"}, "text"),
 ])
 def test_a_file_named_for_its_language_is_read_in_that_language(write, row, chosen):
     query, = load_queries(f"it={write('a.jsonl', [row])}", ["it"])
