@@ -292,7 +292,7 @@ def told_in_a_line(what):
     try:
         yield
     except Exception as e:  # safetensors and tokenizers make one of a full disk
-        raise UserError(f"{what}: {type(e).__name__}: {e}") from None
+        raise UserError(f"{what}: {type(e).__name__}: {str(e)[:300]}") from None
 
 
 def write(path, text):

@@ -452,11 +452,9 @@ def save_checkpoint(args, step, student, teacher, optimizer):
     logs = {name: Path(args.out, name).stat().st_size for name in LOGS}
     state = {"step": step, "logs": logs, "weights": list_state(args, student, teacher),
              "optimizer": optimizer.state_dict()}
-    try:
+    with evaluation.told_in_a_line(f"cannot write {path}, the last is whole"):
         torch.save(state, f"{path}.tmp")
         Path(f"{path}.tmp").replace(path)
-    except (OSError, RuntimeError) as e:  # torch's writer makes a RuntimeError of a full disk
-        raise UserError(f"cannot write {path}: {str(e)[:200]}; the last is whole") from None
 
 
 @torch.no_grad()

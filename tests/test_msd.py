@@ -544,8 +544,9 @@ def test_half_a_character_is_told_at_the_end_and_broken_ones_are_not_held_back()
 
 # --- weights in bfloat16, and several processes ---
 
-def take_step(dtype):
-    """(what a step at a rate of 1e-6 changes of the embedded model's weights, the student)."""
+def take_step(dtype, responses=None):
+    """(what a step at a rate of 1e-6 changes of the embedded model's weights, the student, the
+    responses that it learned from)."""
     args = parse("--model", TINY, "--lr", 1e-6, "--warmup", 0, "--batch-size", 8)
     student, teacher, tokenizer = load_models(args, CPU, dtype)
     queries = load_queries(QUERIES, ["en", "jv"])[::65]
@@ -553,19 +554,20 @@ def take_step(dtype):
     prompts = msd.write_student_prompts(args, tokenizer, batch)
     template = read_template("cot")
     teacher_prompts = msd.write_teacher_prompts(args, teacher, tokenizer, template, batch)
-    responses = [tokenizer(query.text["jv"]).input_ids for query in queries]
+    responses = responses or sample(student, prompts, max_new_tokens=16, stop_ids=[],
+                                    generator=torch.Generator().manual_seed(0))
     before = [p.detach().clone() for p in msd.list_trained(student)]
     optimizer = msd.make_optimizer(args, student)
     learn(args, student, teacher, prompts, teacher_prompts, responses)
     optimizer.step()
     msd.round_masters(student)
     pairs = zip(before, msd.list_trained(student))
-    return torch.cat([(q - p).flatten() for p, q in pairs]), student
+    return torch.cat([(q - p).flatten() for p, q in pairs]), student, responses
 
 
 def test_a_small_step_in_bfloat16_goes_where_float32_goes():
-    wide, _ = take_step(torch.float32)
-    narrow, student = take_step(torch.bfloat16)
+    wide, _, responses = take_step(torch.float32)
+    narrow, student, _ = take_step(torch.bfloat16, responses)
     assert narrow.dtype == torch.float32
     assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
     assert torch.cosine_similarity(narrow, wide, 0) >= 0.99  # 0.19 without masters
