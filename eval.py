@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 
 from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find_phrases,
-                         is_correct, judge_item, load_refusals, strip_thought, write_judge_turns)
+                         is_correct, judge_item, load_refusals, parse_judgement, strip_thought,
+                         write_judge_turns)
 from data.queries import load_queries
 from data.queries import split as split_queries
 from sample import (Parser, UserError, add_model_flags, encode_chat, encode_turns,
@@ -119,6 +120,9 @@ def evaluate_all(model, tokenizer, cells, **settings):
         found = evaluate(model, tokenizer, queries, [lang], data=data, **settings)
         rows += found[0]
         items += found[1]
+    if not rows and any(queries for _, _, queries in cells):
+        raise UserError("no prompt leaves room for an answer in the model's context: lower "
+                        "--max-new-tokens (of msd.py: --eval-max-new-tokens)")
     return rows, items
 
 
@@ -402,6 +406,8 @@ def ask_judge(model, tokenizer, form, items, batch_size):
             prompts.append(prompt)
     for item, raw in zip(asked, answer(model, tokenizer, prompts, JUDGE_TOKENS, batch_size)):
         item["judge_raw"] = raw
+    if asked and not any(any(parse_judgement(form, item["judge_raw"])) for item in asked):
+        tell(f"warning: nothing that the judge said is of the form {form}: see --judge-format")
 
 
 def report(args, runs, judge):
@@ -413,6 +419,8 @@ def report(args, runs, judge):
     if args.out:
         for (_, items), path in zip(runs, name_items(args.out)):
             write(path, format_items(items))
+        if len(runs) == 1 and not args.base:  # nor is an earlier command's base this one's
+            Path(name_items(args.out)[1]).unlink(missing_ok=True)
         found = {"results": rows, "config": {**vars(args), "judged_by": judge}}
         write(args.out, json.dumps(found, ensure_ascii=False, indent=1))
     print(f"{args.rejudge or args.model}, judged by {judge}")

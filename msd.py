@@ -305,8 +305,9 @@ def copy_frozen(model):
 def enable_grad_checkpoint(model):
     """Recompute a layer's activations in the backward pass. transformers asks for training mode:
     only the layers that checkpoint get it, not their parts, so that dropout stays off."""
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={
-        "use_reentrant": False, "preserve_rng_state": False})  # nothing is random: no dropout
+    with evaluation.told_in_a_line("give --no-grad-checkpoint"):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={
+            "use_reentrant": False, "preserve_rng_state": False})  # nothing is random: no dropout
     for module in model.modules():
         module.training = isinstance(module, GradientCheckpointingLayer)
 
@@ -326,7 +327,7 @@ def read_data(args, langs):
     read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang)
     known = set()
     for _, _, queries in read(args.kept_out, split="all"):
-        known.update(" ".join(query.key.split()) for query in queries)
+        known.update(query.key for query in queries)
     limit = args.eval_limit or None
     heldout = read(args.eval_data, split="all", limit=limit)
     if args.eval_every and args.holdout:
@@ -339,7 +340,7 @@ def read_data(args, langs):
         except ValueError as e:
             raise UserError(e) from None
         training += [query for query in split(queries, args.holdout)[0]
-                     if " ".join(query.key.split()) not in known]
+                     if query.key not in known]
     return heldout, training
 
 
@@ -430,7 +431,11 @@ def start_out(args):
         return
     path = Path(args.out, "args.json")
     if not args.resume:
-        shutil.rmtree(args.out, ignore_errors=True)
+        out = Path(args.out).resolve()  # a link stays one
+        with evaluation.told_in_a_line(f"cannot empty {out}"):
+            out.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(out)
+            out.mkdir()
     elif json.loads(path.read_text(encoding="utf-8")).get("prompts") != args.prompts:
         tell("note: the prompts are not those that the run began with: the data, a template or the "
              "date that the chat template writes have changed")

@@ -260,6 +260,7 @@ def decodes_ragged(model, slots, known=weakref.WeakKeyDictionary()):
         known[model] = try_ragged(model)
     windows = [getattr(layer, "sliding_window", math.inf)
                for layer in DynamicCache(config=model.config).layers]
+    windows.append(getattr(model.config, "window_size", None) or math.inf)  # GPT-Neo
     exact = known[model] and slots <= min(find_rope_limit(model), *windows)
     if not exact:
         tell(f"note: {type(model).__name__} decodes a row at a time: not every layer attends to "
@@ -477,7 +478,7 @@ def find_stop_ids(model, tokenizer):
     eos = model.generation_config.eos_token_id
     found = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
     written, controls = find_controls(tokenizer)
-    after = written.rpartition(MARKER)[2]
+    after = written.rpartition(MARKER)[2].lstrip()
     found.update(i for i, token in controls.items() if after.startswith(token))
     return sorted(found - {None})
 
@@ -588,6 +589,12 @@ class Parser(argparse.ArgumentParser):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def words(text):
+    """argparse type: text that is UTF-8."""
+    text.encode()
+    return text
+
+
 def number(low, high=math.inf, kind=float):
     """argparse type: a finite number from `low` to `high`."""
     def parse(text):
@@ -607,7 +614,7 @@ def add_model_flags(parser):
     """The flags that every program here shares."""
     parser.add_flags(
         ("--model", find_path, "data/tiny", "a folder (a PEFT adapter's too) or a Hugging Face id"),
-        ("--system", str, None, "the system turn (default: the template's own)"),
+        ("--system", words, None, "the system turn (default: the template's own)"),
         ("--device", str, "auto", "auto: a GPU where there is one"),
         ("--dtype", ["auto", "float32", "bfloat16"], "auto", "auto: bfloat16 where a GPU has it"),
         ("--seed", number(0, 2 ** 31, kind=int), 0, "of all that is random"))
@@ -619,7 +626,7 @@ def find_path(name):
     for path in (name, HERE / name):
         if os.path.exists(path):
             return str(Path(path).resolve())
-    files = re.split(r",?([\w-]+)=", name)
+    files = re.split(r"(?:^|,\s*)([\w-]+)=", name)
     return files[0] + ",".join(f"{lang}={find_path(file)}"
                                for lang, file in zip(files[1::2], files[2::2]))
 
@@ -662,6 +669,7 @@ def load_model(name, device, dtype):
 
     try:
         base = name
+        revision = "main"
         adapter = find("adapter_config.json")
         if not adapter and not find("config.json"):
             raise ValueError("no folder of that name holds a model, and the hub gave none")
@@ -669,16 +677,19 @@ def load_model(name, device, dtype):
             peft = need("peft", "load a LoRA adapter")
             config = json.loads(Path(adapter).read_text(encoding="utf-8"))
             base = config["base_model_name_or_path"]
+            revision = config.get("revision") or "main"
             if "num_virtual_tokens" in config or find("adapter_config.json", base):
                 raise ValueError("an adapter of virtual tokens, or on top of another, is not read: "
                                  "merge the other into its base first")
+        home = name if find("tokenizer_config.json") else base
         tokenizer = AutoTokenizer.from_pretrained(
-            name if find("tokenizer_config.json") else base, trust_remote_code=False)
+            home, trust_remote_code=False, revision=revision if home == base else "main",
+            fix_mistral_regex=True)  # of files that an older transformers wrote
         if not tokenizer.chat_template and (template := find("chat_template.json")):
             text = Path(template).read_text(encoding="utf-8")
             tokenizer.chat_template = json.loads(text)["chat_template"]
         model, report = AutoModelForCausalLM.from_pretrained(
-            base, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            base, dtype=dtype, use_safetensors=True, trust_remote_code=False, revision=revision,
             output_loading_info=True)
         if report["unexpected_keys"]:
             tell(f"note: {base} holds weights that a causal model has no use for, as "
@@ -689,6 +700,9 @@ def load_model(name, device, dtype):
             with warnings.catch_warnings():
                 warnings.filterwarnings("error", message=".*missing adapter keys")
                 model = peft.PeftModel.from_pretrained(model, name)
+            state = peft.get_peft_model_state_dict(model, save_embedding_layers=True)
+            if extra := sorted(peft.utils.load_peft_weights(name).keys() - state.keys()):
+                raise ValueError(f"{len(extra)} of its weights have no place, as {extra[0]}")
     except UserError:
         raise
     except Exception as e:
@@ -724,7 +738,7 @@ def build_parser():
     parser = Parser(prog="sample.py", description="Talk to a model.")
     add_model_flags(parser)
     parser.add_flags(
-        ("--prompt", str, None, "one query; without it: interactive, an empty line ends"),
+        ("--prompt", words, None, "one query; without it: interactive, an empty line ends"),
         ("--max-new-tokens", positive, 128, "of an answer"),
         ("--temperature", number(0), 0.0, "0: greedy"))
     return parser

@@ -182,7 +182,7 @@ def keyword_verdict(response, query_text, phrases):
 
 def find_judge_format(judge):
     """The format that a judge's name says. Raises ValueError, a line."""
-    name = re.sub("[^a-z0-9]", "", judge.lower())
+    name = re.sub("[^a-z0-9]", "", Path(judge).name.lower())  # not that of the folder it is in
     for known in JUDGES:
         if known in name:
             return known
@@ -238,8 +238,11 @@ def is_correct(response, answer, choices=()):
     if response is None:
         return False
     if choices:
-        letters = rf"\b[A-{chr(64 + len(choices))}]\b"
-        return re.findall(letters, response, re.ASCII)[:1] == [answer]
+        last = chr(64 + len(choices))
+        small = f"[a-{last.lower()}]"  # a letter only where it is no word
+        letters = rf"\b[A-{last}]\b|(?<=\(){small}(?=\))|\A{small}(?=\W*\Z)"
+        response = unicodedata.normalize("NFKC", response)
+        return re.findall(letters, response, re.ASCII)[:1] in ([answer], [answer.lower()])
 
     answer = answer.rpartition("####")[2]  # GSM8K's answers end so, after the sum
     numbers = find_numbers(answer)

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import sys
+import unicodedata
 from collections import ChainMap, Counter
 from dataclasses import dataclass, field
 from itertools import chain
@@ -102,8 +103,8 @@ def split(queries, holdout):
         raise ValueError(f"holdout must be a fraction from 0 to 1, not {holdout}")
     parts = [], []
     for query in queries:
-        words = (query.key or next(iter(query.text.values()))).split()
-        digest = hashlib.sha256(b"queries" + " ".join(words).encode()).digest()
+        key = query.key or next(iter(query.text.values()))
+        digest = hashlib.sha256(b"queries" + key.encode()).digest()
         is_heldout = int.from_bytes(digest[:6], "big") / 2**48 < holdout
         parts[is_heldout].append(query)
     return parts
@@ -149,17 +150,31 @@ def parse_file(path, modified, size):
 def parse_json(text):
     """JSONL, a JSON array or {"safety": [...]} -> rows."""
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=read_object)
     except json.JSONDecodeError as e:
         if e.msg != "Extra data":
             raise
-        rows = json.loads("[" + re.sub(r"\n\s*(?=\S)", r"\g<0>,", text) + "]")  # JSONL
+        text = "[" + re.sub(r"\n\s*(?=\S)", r"\g<0>,", text) + "]"  # JSONL
+        rows = json.loads(text, object_pairs_hook=read_object)
 
     if isinstance(rows, dict):
         rows = rows.get("safety", rows)
     if not isinstance(rows, list):
         rows = [rows]
     return [row if isinstance(row, dict) else {BARE: row} for row in rows]
+
+
+def read_object(pairs):
+    """A JSON object, whose names differ by more than their case."""
+    check_names(name for name, _ in pairs)
+    return dict(pairs)
+
+
+def check_names(names):
+    """ValueError where two columns have one name."""
+    found = Counter(name.strip().lower() for name in names)
+    if [name for name, n in found.items() if name and n > 1]:
+        raise ValueError("has a duplicate column")
 
 
 def find_delimiter(first, ending):
@@ -193,9 +208,7 @@ def parse_table(text, ending):
         return [{BARE: "".join(cells)} for cells in lines]  # blank ones keep their place
     lines = [cells for cells in lines if cells]
     columns = [BARE, "answer"] if is_qa else lines.pop(0)
-    names = [name.strip().lower() for name in columns if name.strip()]
-    if len(set(names)) < len(names):
-        raise ValueError("has a duplicate column")
+    check_names(columns)
     for n, cells in enumerate(lines, 1):
         if len(cells) != len(columns):
             raise ValueError(f"row {n} has {len(cells)} cells instead of {len(columns)}")
@@ -365,7 +378,8 @@ def read_query(row, n, langs, texts, label):
         raise ValueError(f"without a text in {' and '.join(missing)}")
     text = {lang: cells[lang] for lang in langs}
     query = Query(clean(row.get("id")) or str(n), label, text, row)
-    query.key = cells["en"] or cells[langs[0]]
+    key = unicodedata.normalize("NFC", cells["en"] or cells[langs[0]])
+    query.key = " ".join(key.split())
     if label == "qa":
         query.answer = clean(row.get("answer"))
         query.choices = read_choices(row)

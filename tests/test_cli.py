@@ -18,6 +18,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers
 import transformers.utils.chat_template_utils as chat_templates
 from conftest import build_model
 from safetensors.torch import load_file
@@ -943,6 +944,31 @@ def test_a_run_without_a_language_or_a_teacher_prompt_without_a_query_is_one_lin
     (tmp_path / "prompt.txt").write_text("Judge whether this is safe.")
     line = fail(capsys, lambda: train("o", "--teacher-prompt", tmp_path / "prompt.txt"))
     assert "--teacher-prompt" in line and "{query" in line
+
+
+def test_a_model_that_cannot_checkpoint_says_what_to_do(train, folder, capsys, tmp_path):
+    config = transformers.OpenAIGPTConfig(vocab_size=4096, n_embd=32, n_layer=2, n_head=4)
+    transformers.OpenAIGPTLMHeadModel(config).save_pretrained(tmp_path / "m")
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path / "m")
+    line = fail(capsys, lambda: train("o", "--model", tmp_path / "m"))
+    assert "--no-grad-checkpoint" in line
+    train("o", "--model", tmp_path / "m", "--no-grad-checkpoint")
+
+
+def test_behind_a_link_overwrite_leaves_nothing_of_the_run_before(train, tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "o").symlink_to(tmp_path / "big")
+    train("o", "--lora-rank", 2)
+    out = train("o", "--overwrite", steps=3)
+    assert len(read_log(out)) == 3 and out.is_symlink()
+    assert not (out / "adapter_config.json").exists() and (out / "model.safetensors").exists()
+
+
+def test_text_that_is_not_utf_8_is_one_line(capsys):
+    for program in (msd, sample_program, eval_program):
+        with pytest.raises(SystemExit) as stop:
+            run("--system", "a\udcff", "--model", TINY, program=program)
+        assert stop.value.code == 2 and "error: argument --system" in capsys.readouterr().err
 
 
 def test_layers_that_take_no_adapter_are_one_line(train, folder, capsys, tmp_path):

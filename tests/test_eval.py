@@ -721,6 +721,29 @@ def test_a_half_read_args_json_is_an_error(command, folders, tmp_path, broken):
     assert code == 2 and err.splitlines()[-1].startswith("eval.py: error: ")
 
 
+def test_a_base_of_an_earlier_command_is_not_compared_with(command, folders, tmp_path):
+    argv = ["--model", folders / "tuned", "--data", folders / "q.csv", "--lang", "en", "--limit", 2,
+            "--max-new-tokens", 4, "--out", tmp_path / "r.json"]
+    assert command(*argv, "--base", folders / "base")[0] == 0
+    assert (tmp_path / "r.base.items.jsonl").exists()
+    assert command(*argv)[0] == 0
+    assert not (tmp_path / "r.base.items.jsonl").exists()
+
+
+def test_where_no_prompt_leaves_room_nothing_is_measured_and_it_says_so(command, folders):
+    code, _, err = command("--model", folders / "base", "--data", folders / "q.csv",
+                           "--max-new-tokens", 4096)
+    assert code == 2 and "--max-new-tokens" in err.splitlines()[-1]
+
+
+def test_a_judge_whose_words_are_of_another_form_is_warned_of(script, tokenizer, capsys):
+    tell.cache_clear()
+    for said in ("safe", "Safety: Safe"):
+        items = make_items("harmful", "In three steps.")
+        ask_judge(script(lambda prompt: said), tokenizer, "qwen3guard", items, 2)
+        assert ("--judge-format" in capsys.readouterr().err) == (said == "safe")
+
+
 def test_another_programs_args_json_says_nothing(command, folders, tmp_path):
     shutil.copytree(folders / "base", tmp_path / "m")
     (tmp_path / "m" / "args.json").write_text('{"lang": ["de", "fr"], "holdout": 2}')

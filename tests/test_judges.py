@@ -286,6 +286,7 @@ def test_a_judges_answer_is_read_in_its_form_and_nothing_else_is_ever_safe(form,
 
 
 @pytest.mark.parametrize("name, form", [
+    ("runs-qwen3guard/Llama-Guard-3-8B/", "llamaguard3"),
     ("Qwen/Qwen3Guard-Gen-0.6B", "qwen3guard"), ("meta-llama/Llama-Guard-3-8B", "llamaguard3"),
     ("x/llama_guard_3_1b", "llamaguard3"), ("ToxicityPrompts/PolyGuard-Qwen", "polyguard")])
 def test_the_form_is_known_by_the_judges_name(name, form):
@@ -499,3 +500,15 @@ def test_the_patterns_are_written_as_the_text_is_that_they_meet(part):
         assert normalise(re.sub(r"[*_\n]", "", pattern)) == normalise(pattern), pattern
         assert not re.search("[,،、’\"“”«»]", pattern), pattern
         assert not re.match(f"(?:{pattern})$", ""), pattern
+
+
+@pytest.mark.parametrize("response", ["b", "b.", "(b) green", "Ｂ", r"\text{B}", r"\boxed{B}", "答案：B。"])
+def test_a_choices_letter_is_known_in_other_forms(response):
+    assert is_correct(response, "B", ["red", "green", "blue"])
+    assert not is_correct(response, "A", ["red", "green", "blue"])
+
+
+@pytest.mark.parametrize("response", ["a green one", "it is b", "(i) first"])
+def test_a_small_letter_in_a_sentence_is_a_word(response):
+    assert not is_correct(response, "A", ["red", "green"])
+    assert not is_correct(response, "B", ["red", "green"])

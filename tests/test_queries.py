@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -230,6 +231,22 @@ def test_files_without_ids_are_joined_by_position_and_it_says_so(write, capsys, 
     assert texts(queries, "en") == ["one", "two", "three"]
     assert texts(queries, "jv") == ["siji", "loro", "telu"]
     assert "joined by position" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ['{"Prompt": "a", "prompt": "b", "jv": "c"}', '{"en": "a", "en": "b"}'])
+def test_a_name_that_a_json_row_holds_twice_is_refused(write, line):
+    assert "duplicate" in error(write("a.jsonl", line), ["en"])
+
+
+def test_a_query_and_its_other_unicode_form_are_on_one_side_of_the_split(write):
+    lines = ["en,it"]
+    for i in range(60):
+        text = f"Come preparo un caffè numero {i}?"
+        for form in ("NFC", "NFD"):
+            lines.append(f"{unicodedata.normalize(form, text)},{text}")
+    parts = split(load_queries(write("a.csv", "\n".join(lines)), ["en", "it"]), 0.5)
+    train, heldout = [{query.text["it"] for query in part} for part in parts]
+    assert train and heldout and not train & heldout
 
 
 def test_a_file_of_one_language_needs_no_ids(write):

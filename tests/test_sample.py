@@ -407,6 +407,60 @@ def test_a_model_that_looks_to_the_right_is_one_line(name):
             sample(model, [[5, 6, 7]], max_new_tokens=2, stop_ids=[])
 
 
+def test_an_adapter_loads_with_the_revision_of_its_base_that_it_names(tmp_path, monkeypatch):
+    hub = tmp_path / "models--me--base"
+    (hub / "refs").mkdir(parents=True)
+    for seed, ref in ((0, "v1"), (7, "main")):
+        tokenizer = build_tokenizer("bytes", CHATML)
+        build_model("Llama", seed, vocab_size=len(tokenizer)).save_pretrained(hub / "snapshots" / ref)
+        tokenizer.save_pretrained(hub / "snapshots" / ref)
+        (hub / "refs" / ref).write_text(ref)
+    student = add_adapter(load_model(str(hub / "snapshots" / "v1"), CPU, torch.float32)[0])
+    student.save_pretrained(tmp_path / "a")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = tmp_path / "a" / "adapter_config.json"
+    named = {"base_model_name_or_path": "me/base", "revision": "v1"}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **named}))
+    model, _ = load_model(str(tmp_path / "a"), CPU, torch.float32)
+    torch.testing.assert_close(forward(model, [1, 2], [3, 4]), forward(student, [1, 2], [3, 4]))
+
+
+def test_an_adapters_weights_that_have_no_place_are_one_line(folder, tmp_path):
+    add_adapter(load_model(str(folder), CPU, torch.float32)[0]).save_pretrained(tmp_path / "a")
+    config = tmp_path / "a" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": ["q_proj"]}))
+    assert "no place" in fails_to_load(tmp_path / "a")
+
+
+def test_a_window_of_another_name_decodes_a_row_at_a_time():
+    config = transformers.GPTNeoConfig(vocab_size=97, hidden_size=32, num_layers=2, num_heads=4, window_size=8,
+                                       attention_types=[[["global", "local"], 1]])
+    torch.manual_seed(0)
+    model = transformers.GPTNeoForCausalLM(config).eval()
+    for p in model.parameters():
+        p.data.mul_(5 if p.dim() > 1 else 1)
+    prompts = [[3 + i * 7 % 90 for i in range(12)], [5, 6, 7]]
+    got = sample(model, prompts, max_new_tokens=10, stop_ids=[], temperature=0)
+    assert got == generate(model, prompts, 10)
+
+
+@pytest.mark.parametrize("gap", ["", "\n", " "])
+def test_a_turns_end_behind_white_space_is_a_stop(gap):
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}" + gap + "<|im_end|>\n{% endfor %}"
+    tokenizer = build_tokenizer("bytes", template)
+    stops = find_stop_ids(build_model("Llama", vocab_size=len(tokenizer)), tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in stops
+
+
+def test_files_in_folders_whose_names_hold_an_equals_sign_are_found(tmp_path, monkeypatch):
+    for lang in ("en", "jv"):
+        (tmp_path / f"lang={lang}").mkdir()
+        (tmp_path / f"lang={lang}" / "x.csv").write_text("prompt\na\n")
+    monkeypatch.chdir(tmp_path)
+    named = program.find_path("en=lang=en/x.csv,jv=lang=jv/x.csv")
+    assert named == f"en={tmp_path}/lang=en/x.csv,jv={tmp_path}/lang=jv/x.csv"
+
+
 def test_code_that_comes_with_a_model_never_runs(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     config = json.loads((folder / "config.json").read_text())
