@@ -14,7 +14,7 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from tokenizers import Tokenizer, models
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -430,6 +430,24 @@ def test_an_adapters_weights_that_have_no_place_are_one_line(folder, tmp_path):
     config = tmp_path / "a" / "adapter_config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "target_modules": ["q_proj"]}))
     assert "no place" in fails_to_load(tmp_path / "a")
+
+
+def test_a_tokenizer_that_an_older_transformers_split_wrongly_is_mended(tmp_path):
+    core = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(r"\p{L}+|\p{N}|[^\p{L}\p{N}]+"), "isolated")
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    core.train_from_iterator(["eBay"] * 5, trainers.BpeTrainer(show_progress=False, special_tokens=["<s>", "</s>"]))
+    state = json.loads(core.to_str())
+    vocab = state["model"]["vocab"]
+    vocab.update({f"word {i}": i for i in range(len(vocab), 100_100)})  # as many as Mistral's
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)), eos_token="</s>")
+    build_model("Mistral wide", vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8,
+                num_attention_heads=1, num_key_value_heads=1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "transformers_version": "4.50.0"}))
+    _, mended = load_model(str(tmp_path), CPU, torch.float32)
+    assert len(mended("eBay").input_ids) > len(tokenizer("eBay").input_ids) == 1
 
 
 def test_a_window_of_another_name_decodes_a_row_at_a_time():
