@@ -18,6 +18,7 @@ from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find_phrases,
                          is_correct, judge_item, load_refusals, parse_judgement, strip_thought,
@@ -295,6 +296,8 @@ def told_in_a_line(what):
     """Whatever is wrong with a file, or with what it holds, becomes one line: UserError."""
     try:
         yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
     except Exception as e:  # safetensors and tokenizers make one of a full disk
         raise UserError(f"{what}: {type(e).__name__}: {str(e)[:300]}") from None
 
@@ -419,8 +422,6 @@ def report(args, runs, judge):
     if args.out:
         for (_, items), path in zip(runs, name_items(args.out)):
             write(path, format_items(items))
-        if len(runs) == 1 and not args.base:  # nor is an earlier command's base this one's
-            Path(name_items(args.out)[1]).unlink(missing_ok=True)
         found = {"results": rows, "config": {**vars(args), "judged_by": judge}}
         write(args.out, json.dumps(found, ensure_ascii=False, indent=1))
     print(f"{args.rejudge or args.model}, judged by {judge}")
@@ -458,6 +459,10 @@ def main(args):
         if args.rejudge:
             stem = args.rejudge.removesuffix(".items.jsonl")
             files = [args.rejudge, *glob.glob(glob.escape(stem) + ".base.items.jsonl")]
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+                found = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
+                if not found["config"]["base"]:  # that base was an earlier command's
+                    files = files[:1]
             runs = [read_items(path, refusals) for path in files]
         else:
             runs.extend(answer_all(args, run["source_lang"], refusals=refusals, seen=trained))

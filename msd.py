@@ -431,11 +431,9 @@ def start_out(args):
         return
     path = Path(args.out, "args.json")
     if not args.resume:
-        out = Path(args.out).resolve()  # a link stays one
-        with evaluation.told_in_a_line(f"cannot empty {out}"):
-            out.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(out)
-            out.mkdir()
+        with evaluation.told_in_a_line(f"cannot empty {args.out}"):
+            for old in Path(args.out).glob("*"):  # a link to a folder, or a mount, stays
+                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     elif json.loads(path.read_text(encoding="utf-8")).get("prompts") != args.prompts:
         tell("note: the prompts are not those that the run began with: the data, a template or the "
              "date that the chat template writes have changed")

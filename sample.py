@@ -260,7 +260,8 @@ def decodes_ragged(model, slots, known=weakref.WeakKeyDictionary()):
         known[model] = try_ragged(model)
     windows = [getattr(layer, "sliding_window", math.inf)
                for layer in DynamicCache(config=model.config).layers]
-    windows.append(getattr(model.config, "window_size", None) or math.inf)  # GPT-Neo
+    if model.config.model_type == "gpt_neo":
+        windows.append(model.config.window_size)
     exact = known[model] and slots <= min(find_rope_limit(model), *windows)
     if not exact:
         tell(f"note: {type(model).__name__} decodes a row at a time: not every layer attends to "
@@ -381,11 +382,13 @@ def find_head(model, known=weakref.WeakKeyDictionary()):
     decoder, head = causal.base_model, Head(causal)
     if model not in known:
         ids = torch.tensor([[3, 1, 2, 5]], device=model.device)
-        own = model(input_ids=ids, use_cache=False).logits[0]  # (4, V)
-        start = model(input_ids=ids[:, :2], use_cache=False).logits[0]  # (2, V)
-        if start.isfinite().all() and not is_close(start, own[:2]):
-            raise UserError(f"{type(causal).__name__} is no causal model: it looks to the right")
-        known[model] = is_close(head(decoder(input_ids=ids, use_cache=False)[0][0]), own)
+        with eval_mode(model):
+            own = model(input_ids=ids, use_cache=False).logits[0]  # (4, V)
+            start = model(input_ids=ids[:, :2], use_cache=False).logits[0]  # (2, V)
+            if start.isfinite().all() and not is_close(start, own[:2]):
+                name = type(causal).__name__
+                raise UserError(f"{name} is no causal model: it looks to the right")
+            known[model] = is_close(head(decoder(input_ids=ids, use_cache=False)[0][0]), own)
     return (decoder, head) if known[model] else (model, torch.nn.Identity())
 
 
@@ -627,7 +630,9 @@ def find_path(name):
         if os.path.exists(path):
             return str(Path(path).resolve())
     files = re.split(r"(?:^|,\s*)([\w-]+)=", name)
-    return files[0] + ",".join(f"{lang}={find_path(file)}"
+    if files[0]:
+        return name
+    return ",".join(f"{lang}={find_path(file)}"
                                for lang, file in zip(files[1::2], files[2::2]))
 
 
@@ -664,8 +669,9 @@ def need(package, purpose):
 def load_model(name, device, dtype):
     """(model in eval mode, tokenizer) from a local folder or a Hugging Face id; an adapter loads
     with its base. Reads safetensors only, never runs a model's own code. Raises UserError."""
-    def find(file, name=name):
-        return cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+    def find(file, name=name, revision="main"):
+        return cached_file(name, file, revision=revision,
+                           _raise_exceptions_for_missing_entries=False)
 
     try:
         base = name
@@ -678,13 +684,12 @@ def load_model(name, device, dtype):
             config = json.loads(Path(adapter).read_text(encoding="utf-8"))
             base = config["base_model_name_or_path"]
             revision = config.get("revision") or "main"
-            if "num_virtual_tokens" in config or find("adapter_config.json", base):
+            if "num_virtual_tokens" in config or find("adapter_config.json", base, revision):
                 raise ValueError("an adapter of virtual tokens, or on top of another, is not read: "
                                  "merge the other into its base first")
         home = name if find("tokenizer_config.json") else base
         tokenizer = AutoTokenizer.from_pretrained(
-            home, trust_remote_code=False, revision=revision if home == base else "main",
-            fix_mistral_regex=True)  # of files that an older transformers wrote
+            home, trust_remote_code=False, revision=revision if home == base else "main")
         if not tokenizer.chat_template and (template := find("chat_template.json")):
             text = Path(template).read_text(encoding="utf-8")
             tokenizer.chat_template = json.loads(text)["chat_template"]
@@ -702,7 +707,7 @@ def load_model(name, device, dtype):
                 model = peft.PeftModel.from_pretrained(model, name)
             state = peft.get_peft_model_state_dict(model, save_embedding_layers=True)
             if extra := sorted(peft.utils.load_peft_weights(name).keys() - state.keys()):
-                raise ValueError(f"{len(extra)} of its weights have no place, as {extra[0]}")
+                tell(f"warning: {len(extra)} weights of {name} have no place, as {extra[0]}")
     except UserError:
         raise
     except Exception as e:

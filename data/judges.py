@@ -98,7 +98,7 @@ def load_refusals(file=None):
         for lang, phrases in added.items():
             if not phrases or not all(find_letters(phrase) for phrase in phrases):
                 raise ValueError(f"{lang} has no phrase, or one without letters")
-            refusals[lang] = refusals.get(lang, []) + phrases
+            refusals[lang.lower()] = refusals.get(lang.lower(), []) + phrases
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
         form = '{"language": ["phrase", …], …}'
         raise ValueError(f"--refusals {file}: no JSON file of the form {form}: {e}") from None
@@ -182,10 +182,11 @@ def keyword_verdict(response, query_text, phrases):
 
 def find_judge_format(judge):
     """The format that a judge's name says. Raises ValueError, a line."""
-    name = re.sub("[^a-z0-9]", "", Path(judge).name.lower())  # not that of the folder it is in
-    for known in JUDGES:
-        if known in name:
-            return known
+    for part in reversed(Path(judge).parts):  # its own name says more than its folder's
+        name = re.sub("[^a-z0-9]", "", part.lower())
+        for known in JUDGES:
+            if known in name:
+                return known
     raise ValueError(f"--judge {judge}: give --judge-format, one of {', '.join(JUDGES)}")
 
 
@@ -238,10 +239,10 @@ def is_correct(response, answer, choices=()):
     if response is None:
         return False
     if choices:
-        last = chr(64 + len(choices))
+        last = chr(64 + min(26, len(choices)))
         small = f"[a-{last.lower()}]"  # a letter only where it is no word
-        letters = rf"\b[A-{last}]\b|(?<=\(){small}(?=\))|\A{small}(?=\W*\Z)"
-        response = unicodedata.normalize("NFKC", response)
+        letters = rf"\b[A-{last}]\b|(?<=\(){small}(?=\))|\A{small}(?=[\s.。]*\Z)"
+        response = response.translate({0xFEE0 + i: i for i in range(33, 127)})  # Ｂ is B
         return re.findall(letters, response, re.ASCII)[:1] in ([answer], [answer.lower()])
 
     answer = answer.rpartition("####")[2]  # GSM8K's answers end so, after the sum

@@ -103,11 +103,16 @@ def split(queries, holdout):
         raise ValueError(f"holdout must be a fraction from 0 to 1, not {holdout}")
     parts = [], []
     for query in queries:
-        key = query.key or next(iter(query.text.values()))
+        key = normalise(query.key or next(iter(query.text.values())))
         digest = hashlib.sha256(b"queries" + key.encode()).digest()
         is_heldout = int.from_bytes(digest[:6], "big") / 2**48 < holdout
         parts[is_heldout].append(query)
     return parts
+
+
+def normalise(text):
+    """What is the same query: in NFC, with single blanks."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 # --- what is told
@@ -161,13 +166,18 @@ def parse_json(text):
         rows = rows.get("safety", rows)
     if not isinstance(rows, list):
         rows = [rows]
-    return [row if isinstance(row, dict) else {BARE: row} for row in rows]
+    rows = [row if isinstance(row, dict) else {BARE: row} for row in rows]
+    for row in rows:
+        check_names(row)
+    return rows
 
 
 def read_object(pairs):
-    """A JSON object, whose names differ by more than their case."""
-    check_names(name for name, _ in pairs)
-    return dict(pairs)
+    """A JSON object. ValueError where two values have one name."""
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        raise ValueError("has a duplicate column")
+    return row
 
 
 def check_names(names):
@@ -378,8 +388,7 @@ def read_query(row, n, langs, texts, label):
         raise ValueError(f"without a text in {' and '.join(missing)}")
     text = {lang: cells[lang] for lang in langs}
     query = Query(clean(row.get("id")) or str(n), label, text, row)
-    key = unicodedata.normalize("NFC", cells["en"] or cells[langs[0]])
-    query.key = " ".join(key.split())
+    query.key = normalise(cells["en"] or cells[langs[0]])
     if label == "qa":
         query.answer = clean(row.get("answer"))
         query.choices = read_choices(row)

@@ -286,8 +286,9 @@ def check_loss():
         found[name] = (run(), seconds, peak_gb(), hidden.grad.flatten().float())
     close = abs(found["chunked"][0] - found["dense"][0]) <= 2e-2 * abs(found["dense"][0])
     cosine = torch.cosine_similarity(found["chunked"][3], found["dense"][3], dim=0).item()
-    tell(f"loss, V {VOCAB:,}", close and cosine > 0.99, cosine=cosine, seconds=found["chunked"][1], dense_seconds=found["dense"][1],
-         gb=found["chunked"][2], dense_gb=found["dense"][2])
+    tell(f"loss, V {VOCAB:,}", close and cosine > 0.99, cosine=cosine,
+         seconds=found["chunked"][1], dense_seconds=found["dense"][1], gb=found["chunked"][2],
+         dense_gb=found["dense"][2])
 
 
 def run_msd(out, *flags):

@@ -725,9 +725,12 @@ def test_a_base_of_an_earlier_command_is_not_compared_with(command, folders, tmp
     argv = ["--model", folders / "tuned", "--data", folders / "q.csv", "--lang", "en", "--limit", 2,
             "--max-new-tokens", 4, "--out", tmp_path / "r.json"]
     assert command(*argv, "--base", folders / "base")[0] == 0
-    assert (tmp_path / "r.base.items.jsonl").exists()
-    assert command(*argv)[0] == 0
-    assert not (tmp_path / "r.base.items.jsonl").exists()
+    again = ["--rejudge", tmp_path / "r.items.jsonl", "--out", tmp_path / "again.json"]
+    for base in ([], ["--base", folders / "base"]):
+        assert command(*argv, *base)[0] == 0
+        assert command(*again)[0] == 0
+        rows = json.loads((tmp_path / "again.json").read_text())["results"]
+        assert all((row["base"] is None) == (not base) for row in rows)
 
 
 def test_where_no_prompt_leaves_room_nothing_is_measured_and_it_says_so(command, folders):

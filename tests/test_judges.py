@@ -286,7 +286,7 @@ def test_a_judges_answer_is_read_in_its_form_and_nothing_else_is_ever_safe(form,
 
 
 @pytest.mark.parametrize("name, form", [
-    ("runs-qwen3guard/Llama-Guard-3-8B/", "llamaguard3"),
+    ("runs-qwen3guard/Llama-Guard-3-8B/", "llamaguard3"), ("Qwen3Guard/merged", "qwen3guard"),
     ("Qwen/Qwen3Guard-Gen-0.6B", "qwen3guard"), ("meta-llama/Llama-Guard-3-8B", "llamaguard3"),
     ("x/llama_guard_3_1b", "llamaguard3"), ("ToxicityPrompts/PolyGuard-Qwen", "polyguard")])
 def test_the_form_is_known_by_the_judges_name(name, form):

@@ -238,6 +238,11 @@ def test_a_name_that_a_json_row_holds_twice_is_refused(write, line):
     assert "duplicate" in error(write("a.jsonl", line), ["en"])
 
 
+def test_names_within_a_cell_are_its_own_matter(write):
+    path = write("a.jsonl", [{"en": "a", "meta": {"ID": 1, "id": 2}}])
+    assert texts(load_queries(path, ["en"]), "en") == ["a"]
+
+
 def test_a_query_and_its_other_unicode_form_are_on_one_side_of_the_split(write):
     lines = ["en,it"]
     for i in range(60):
