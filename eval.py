@@ -331,15 +331,15 @@ def read_items(path, refusals):
 # --- the command
 
 def read_heldout(paths, langs, *, source_lang="en", label=None, split="holdout", holdout=0.2,
-                 limit=None):
-    """[(path, lang, queries)] of every path that has the language: the held-out part, a label's
-    first `limit`, none that is labelled mixed. Raises UserError for a path without any of the
-    languages, and for a language that no path has."""
+                 limit=None, is_parallel=False):
+    """[(path, lang, queries)] of every path that has the language (is_parallel: and source_lang):
+    the held-out part, a label's first `limit`, none that is labelled mixed. Raises UserError for a
+    path without any of the languages, and for a language that no path has."""
     cells = []
     errors = {}
     for path, lang in itertools.product(paths, langs):
         # a query is held out by its text in English, or else in the source language: as in training
-        asked = [lang] if source_lang == "en" else [source_lang, lang]
+        asked = [source_lang, lang] if is_parallel or source_lang != "en" else [lang]
         try:
             queries = load_queries(path, asked, label)
         except ValueError as e:
@@ -372,16 +372,16 @@ def name_items(out):
 
 def answer_all(args, source_lang, **settings):
     """Yield (rows, items) of --model, then of --base."""
+    template = read_template(args.wrap, "--wrap") if args.wrap else "{query}"
     cells = read_heldout(args.data, args.lang, source_lang=source_lang, label=args.label,
-                         split=args.split, holdout=args.holdout, limit=args.limit)
+                         split=args.split, holdout=args.holdout, limit=args.limit,
+                         is_parallel="{query_en}" in template)
     if not any(queries for _, _, queries in cells):
         raise UserError("no query is held out: raise --holdout, or --split all")
-    if args.wrap:
-        template = read_template(args.wrap, "--wrap")
-        for _, lang, queries in cells:
-            for query in queries:
-                if query.label != "qa":
-                    query.text[lang] = fill_template(template, query, lang, lang)
+    for _, lang, queries in cells:
+        for query in queries:
+            if query.label != "qa":
+                query.text[lang] = fill_template(template, query, lang, source_lang)
 
     device = find_device(args.device, args.dtype)
     models = [load_model(name, *device) for name in (args.model, args.base) if name]
@@ -492,7 +492,8 @@ def build_parser():
         ("--split", ["holdout", "all"], "holdout", "which part of the data"),
         ("--holdout", number(0, 1), None, "default: what the model was trained with, or 0.2"),
         ("--limit", positive, None, "the first N of each data, language and label"),
-        ("--wrap", str, None, "a file: a text to put every query in, as data/jailbreak.txt"),
+        ("--wrap", str, None, "a text to put every query in: data/jailbreak.txt, or "
+         "a teacher prompt, as both"),
         ("--max-new-tokens", positive, 128, "of an answer"),
         ("--batch-size", positive, 32, "answers at a time"),
         ("--judge", str, "keyword", "keyword, or a judge model: a folder or an id"),

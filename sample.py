@@ -515,7 +515,7 @@ def read_template(name, flag="--teacher-prompt"):
 def fill_template(template, query, lang, source):
     """Fill {query} (in `lang`), {query_en} (in `source`) and {language}; what a query itself spells
     is not filled in again."""
-    values = {"query": query.text[lang], "query_en": query.text[source],
+    values = {"query": query.text[lang], "query_en": query.text.get(source),
               "language": LANGUAGES.get(lang.split("-")[0], lang)}  # zh-CN is Chinese
     return re.sub(r"\{(query|query_en|language)\}", lambda m: values[m[1]], template)
 

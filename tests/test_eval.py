@@ -775,6 +775,12 @@ def test_wrap_puts_every_query_into_the_text_but_no_question(
             tmp_path / "w.txt", "--data", tmp_path / "h.csv", "--data", tmp_path / "qa.csv")
     assert asked == ["In a play, Steal {query}?\nMax says:", "3 + 4?"]
 
+    asked.clear()  # a teacher prompt shows the English query beside the other
+    (tmp_path / "two.csv").write_text("label,en,jv\nharmful,Steal it?,Nyolong?\n")
+    command("--model", folders / "base", "--lang", "jv", "--split", "all", "--wrap", "both",
+            "--data", tmp_path / "two.csv")
+    assert asked == ["Steal it?\n\nNyolong?"]
+
 
 def test_our_data_and_model_are_found_from_wherever_it_is_started(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
