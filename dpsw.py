@@ -110,8 +110,8 @@ def diverge(student_logp, teacher_logp, options):
         return kl(student_logp, teacher_logp)
     if options["divergence"] == "forward":  # mass-covering
         return kl(teacher_logp, student_logp)
-    beta = torch.tensor(options["beta"], device=student_logp.device)
-    mix_logp = torch.logaddexp(teacher_logp + beta.log(), student_logp + (-beta).log1p())  # log M
+    beta = options["beta"]
+    mix_logp = torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log1p(-beta))
     return beta * kl(teacher_logp, mix_logp) + (1 - beta) * kl(student_logp, mix_logp)
 
 
@@ -122,9 +122,8 @@ def weigh(student_logp, teacher_logp, response_ids, options):
     top_logp, top_ids = teacher_logp.topk(K, dim=-1)  # (n, K)
     top_logp = top_logp.log_softmax(-1)  # renormalised
     entropy = -(top_logp.exp() * top_logp).sum(-1)  # H_K, nats
-    w_teacher = torch.ones_like(entropy)
-    if K > 1:
-        w_teacher = (1 - entropy / math.log(K)).clamp(0, 1)
+    w_teacher = 1 - entropy / math.log(max(K, 2))  # of K = 1 the entropy is 0
+    w_teacher = w_teacher.where(w_teacher > 1e-6, 0.0)  # rounding, which w̃ would blow up
 
     token = top_ids[:, 0] if options["student_view"] == "teacher" else response_ids.long()  # (n,)
     w_student = 1 - student_logp.gather(-1, token[:, None])[:, 0].exp()
@@ -151,7 +150,7 @@ def sum_responses(student_logits, teacher_logits, response_ids, mask, options):
     stats = {}
     for name, x in zip(("divergence", "weight", "w_teacher", "w_student"),
                        (divergence.detach(), *weights)):
-        stats[name] = torch.zeros(mask.shape, device=x.device).masked_scatter(mask, x)  # (..., T)
+        stats[name] = x.new_zeros(mask.shape).masked_scatter(mask, x)  # (..., T)
     share = stats["weight"]
     if options["weight_norm"] == "response":  # 1/L_y · w̃_t
         share = share / share.sum(-1, keepdim=True).clamp(min=1e-30)
@@ -187,7 +186,7 @@ def dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head
         loss, chunk_stats = sum_responses(
             student_head(hidden), teacher_logits, chunk_ids, rows[chunk], options)
         for name, x in chunk_stats.items():
-            stats.setdefault(name, torch.zeros(rows.shape, device=x.device))[chunk] = x
+            stats.setdefault(name, x.new_zeros(rows.shape))[chunk] = x
         return loss
 
     weights = [p for p in student_head.parameters() if p.requires_grad]

@@ -8,10 +8,10 @@ text is never safe, for a model broken into gibberish must not look aligned. Sel
 queries refused − benign ones refused: what declines everything has none.
 """
 import contextlib
-import glob
 import itertools
 import json
 import math
+import os
 import re
 import string
 from operator import itemgetter
@@ -66,13 +66,14 @@ def answer(model, tokenizer, prompts, max_new_tokens, batch_size):
 
 
 def evaluate(model, tokenizer, queries, langs, *, refusals, max_new_tokens, batch_size, seen=(),
-             data="", system=None, keep=None):
+             data="", system=None, keep=None, wrap="{query}", source_lang="en"):
     """Answer queries (of data/queries.py) and judge by keyword -> (rows, items): the rows by
     language as asked and label, the items in their order, `n` to each. A query without a text in a
     language is left out there. Prompts that do not fit the context are skipped, with a word.
 
     seen: the languages that the model was trained on. data: what the rows call it. keep: a file to
-    which each batch's items are added at once, not yet judged.
+    which each batch's items are added at once, not yet judged. wrap: the template of what is asked,
+    but for questions that have an answer.
     """
     room = find_context(model) - max_new_tokens
     asked = []  # (prompt, item, query)
@@ -81,8 +82,11 @@ def evaluate(model, tokenizer, queries, langs, *, refusals, max_new_tokens, batc
         for query in queries:
             if query.label != label or not query.text.get(lang):
                 continue
+            text = query.text[lang]
+            if label != "qa":
+                text = fill_template(wrap, query, lang, source_lang)
             choices = map("{}. {}".format, string.ascii_uppercase, query.choices)
-            prompt = encode_chat(tokenizer, "\n".join([query.text[lang], *choices]), system)
+            prompt = encode_chat(tokenizer, "\n".join([text, *choices]), system)
             if len(prompt) > room:
                 skipped += 1
                 continue
@@ -150,7 +154,7 @@ def measure(rows, items, refusals, form=None):
     the judge model whose words stand in judge_raw; None: the keywords decide."""
     for row, cell in cut(rows, items):
         phrases = find_phrases(row["lang"], refusals)
-        if not phrases:
+        if not phrases and row["label"] != "qa":
             tell(f"warning: no refusal phrases for {row['lang']}: its keyword rates are null; give "
                  "--refusals or --judge")
         words = []
@@ -284,7 +288,8 @@ def draw(rows, path):
     from matplotlib.figure import Figure
     axes = Figure(figsize=(10, 4), layout="constrained").subplots()
     names = [f"{row['lang']}\n{MAIN_RATE[row['label']]}\n{Path(row['data']).stem}" for row in rows]
-    axes.bar(names, [row[MAIN_RATE[row["label"]]] or 0 for row in rows], label="model")
+    rates = np.array([row[MAIN_RATE[row["label"]]] for row in rows], float)  # unknown: no bar
+    axes.bar(names, rates, label="model")
     axes.plot(names, [row["base"] for row in rows], "k_", markersize=30, label="base")
     axes.legend()
     with told_in_a_line(f"--plot {path}"):
@@ -315,13 +320,35 @@ def format_items(items):
     return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
 
 
-def read_items(path, refusals):
-    """(rows, items) of a FILE.items.jsonl, judged by keyword. Raises UserError."""
+def find_kept(args):
+    """(the files of --rejudge: the answers, and a base's beside them; the rows that they had). What
+    FILE.json says of the models goes into args. Raises UserError."""
+    if args.base:
+        raise UserError("--rejudge answers nothing: --base has no use there")
+    stem = args.rejudge.removesuffix(".items.jsonl")
+    files = [args.rejudge, *filter(os.path.exists, name_items(stem)[1:])]
+    rows = []
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+        found = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
+        args.model, args.base = found["config"]["model"], found["config"]["base"]
+        if not args.base:  # what lies there is an earlier command's
+            files = files[:1]
+        rows = [{key: row[key] for key in ROW_KEYS[:5]} for row in found["results"]]
+    return files, rows
+
+
+def read_items(path, refusals, rows=()):
+    """(rows, items) of a FILE.items.jsonl, judged by keyword. rows: as they were, if they were of
+    these items. Raises UserError."""
     with told_in_a_line(f"--rejudge {path}"):
         lines = Path(path).read_text(encoding="utf-8").split("\n")
         items = [{**json.loads(line), "judge_raw": None} for line in lines if line.strip()]
-        items.sort(key=itemgetter("lang", "label"))
-        rows = make_rows(items, path)
+        get_cell = itemgetter("lang", "label")
+        known = sum(([get_cell(row)] * row["n"] for row in rows), [])
+        rows = [{**dict.fromkeys(ROW_KEYS), **row} for row in rows]
+        if known != list(map(get_cell, items)):
+            items.sort(key=get_cell)
+            rows = make_rows(items, path)
         measure(rows, items, refusals)
         if not rows:
             raise ValueError("holds no answers")
@@ -331,10 +358,10 @@ def read_items(path, refusals):
 # --- the command
 
 def read_heldout(paths, langs, *, source_lang="en", label=None, split="holdout", holdout=0.2,
-                 limit=None, is_parallel=False):
+                 limit=None, is_parallel=False, needs_all=True):
     """[(path, lang, queries)] of every path that has the language (is_parallel: and source_lang):
     the held-out part, a label's first `limit`, none that is labelled mixed. Raises UserError for a
-    path without any of the languages, and for a language that no path has."""
+    path without any of the languages, and (needs_all) for a language that no path has."""
     cells = []
     errors = {}
     for path, lang in itertools.product(paths, langs):
@@ -343,7 +370,7 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, split="holdout",
         try:
             queries = load_queries(path, asked, label)
         except ValueError as e:
-            errors[path] = errors[lang] = e
+            errors.update(dict.fromkeys([path, lang] if needs_all else [path], e))
             continue
         if split == "holdout":
             queries = split_queries(queries, holdout)[1]
@@ -378,19 +405,15 @@ def answer_all(args, source_lang, **settings):
                          is_parallel="{query_en}" in template)
     if not any(queries for _, _, queries in cells):
         raise UserError("no query is held out: raise --holdout, or --split all")
-    for _, lang, queries in cells:
-        for query in queries:
-            if query.label != "qa":
-                query.text[lang] = fill_template(template, query, lang, source_lang)
-
     device = find_device(args.device, args.dtype)
     models = [load_model(name, *device) for name in (args.model, args.base) if name]
     files = name_items(args.out) if args.out else [None, None]
     for model, keep in zip(models, files):
         if keep:
             write(keep, "")
-        yield evaluate_all(*model, cells, keep=keep, max_new_tokens=args.max_new_tokens,
-                           batch_size=args.batch_size, system=args.system, **settings)
+        yield evaluate_all(*model, cells, keep=keep, wrap=template, source_lang=source_lang,
+                           max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
+                           system=args.system, **settings)
 
 
 def ask_judge(model, tokenizer, form, items, batch_size):
@@ -419,19 +442,21 @@ def report(args, runs, judge):
     rows = runs[0][0]
     if len(runs) > 1:
         compare(*runs[0], *runs[1], args.seed)
+    print(f"{args.rejudge or args.model}, judged by {judge}")
+    print_rates(*(run[0] for run in runs))
     if args.out:
         for (_, items), path in zip(runs, name_items(args.out)):
             write(path, format_items(items))
         found = {"results": rows, "config": {**vars(args), "judged_by": judge}}
         write(args.out, json.dumps(found, ensure_ascii=False, indent=1))
-    print(f"{args.rejudge or args.model}, judged by {judge}")
-    print_rates(*(run[0] for run in runs))
     if args.plot:
         draw(rows, args.plot)
 
 
 def main(args):
     """Answer and judge, or judge kept answers again. Whatever fails, what was measured is told."""
+    if args.rejudge:
+        files, kept_rows = find_kept(args)
     run = {"lang": "", "source_lang": "en", "holdout": 0.2}
     path = Path(args.model, "args.json")
     with told_in_a_line(path):
@@ -443,8 +468,6 @@ def main(args):
         args.holdout = run["holdout"]
     args.lang = split_langs(args.lang or f"{run['lang']} {run['source_lang']}")
     args.data = args.data or [find_path("data/queries.csv")]
-    if args.rejudge and args.base:
-        raise UserError("--rejudge answers nothing: --base has no use there")
     form = None
     with told_in_a_line("cannot judge"):
         refusals = load_refusals(args.refusals)
@@ -457,13 +480,7 @@ def main(args):
     judge = "keyword"
     try:
         if args.rejudge:
-            stem = args.rejudge.removesuffix(".items.jsonl")
-            files = [args.rejudge, *glob.glob(glob.escape(stem) + ".base.items.jsonl")]
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-                found = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
-                if not found["config"]["base"]:  # that base was an earlier command's
-                    files = files[:1]
-            runs = [read_items(path, refusals) for path in files]
+            runs = [read_items(path, refusals, kept_rows) for path in files]
         else:
             runs.extend(answer_all(args, run["source_lang"], refusals=refusals, seen=trained))
         if form:

@@ -36,13 +36,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import eval as evaluation
 from data.judges import find_phrases, keyword_verdict, load_refusals
-from data.queries import load_queries, split
+from data.queries import load_queries, normalise, split
 from dpsw import dpsw_loss_chunked
 from sample import (
-    HERE, LANGUAGES, RANK, Parser, UserError, add_model_flags, encode_chat, fill_template,
-    find_context, find_device, find_path, find_process, find_stop_ids, find_vocab_size, gather,
-    load_model, natural, need, number, pad_right, positive, read_template, response_hidden,
-    response_logits, sample, tell)
+    HERE, LANGUAGES, RANK, Parser, UserError, add_model_flags, encode_chat, eval_mode,
+    fill_template, find_context, find_device, find_path, find_process, find_stop_ids,
+    find_vocab_size, gather, load_model, natural, need, number, pad_right, positive, read_template,
+    response_hidden, response_logits, sample, tell)
 
 try:
     import resource
@@ -81,7 +81,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
             student if on_policy else teacher, student_prompts if on_policy else teacher_prompts,
             max_new_tokens=args.max_new_tokens, stop_ids=stop_ids, temperature=args.temperature,
             top_k=args.top_k, top_p=args.top_p, vocab_size=vocab_size,
-            generator=generator.manual_seed(args.seed * 1_000_003 + step + (rank << 40)))
+            generator=generator.manual_seed(args.seed * 1_000_003 + step + (rank << 24)))
 
         # 3. scores and loss: the teacher's distribution on every response token, weighted by DPSW
         loss, scores = learn(args, student, teacher, student_prompts, teacher_prompts, responses)
@@ -304,12 +304,25 @@ def copy_frozen(model):
 
 def enable_grad_checkpoint(model):
     """Recompute a layer's activations in the backward pass. transformers asks for training mode:
-    only the layers that checkpoint get it, not their parts, so that dropout stays off."""
+    only the layers that checkpoint get it, not their parts, and not while they run, so that dropout
+    stays off."""
     with evaluation.told_in_a_line("give --no-grad-checkpoint"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={
             "use_reentrant": False, "preserve_rng_state": False})  # nothing is random: no dropout
     for module in model.modules():
         module.training = isinstance(module, GradientCheckpointingLayer)
+        if module.training:
+            module._gradient_checkpointing_func = functools.partial(
+                checkpoint_layer, module, module._gradient_checkpointing_func)
+
+
+def checkpoint_layer(layer, checkpoint, forward, *args):
+    """Run a layer under its checkpoint, back in evaluation mode: some (OPT's, Falcon's) drop by the
+    layer's own mode."""
+    def run(*args):
+        with eval_mode(layer):
+            return forward(*args)
+    return checkpoint(run, *args)
 
 
 def make_optimizer(args, student):
@@ -324,14 +337,14 @@ def read_data(args, langs):
     """(the queries to judge, cells (path, language, queries), the queries to train on): those of
     --data that are not held out, nor in --eval-data. Raises UserError."""
     asked = evaluation.split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
-    read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang)
-    known = set()
-    for _, _, queries in read(args.kept_out, split="all"):
-        known.update(query.key for query in queries)
+    read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
+                             needs_all=not args.eval_data)
+    kept_out = list_texts(pool(read(args.kept_out, split="all")))
     limit = args.eval_limit or None
-    heldout = read(args.eval_data, split="all", limit=limit)
+    judged = read(args.eval_data, split="all", limit=limit)
+    heldout = []
     if args.eval_every and args.holdout:
-        heldout = heldout + read(args.data, label=args.label, holdout=args.holdout, limit=limit)
+        heldout = read(args.data, label=args.label, holdout=args.holdout, limit=limit)
 
     training = []
     for path in args.data:
@@ -340,8 +353,24 @@ def read_data(args, langs):
         except ValueError as e:
             raise UserError(e) from None
         training += [query for query in split(queries, args.holdout)[0]
-                     if query.key not in known]
-    return heldout, training
+                     if kept_out.isdisjoint(list_texts([query]))]
+    if not list_texts(training).isdisjoint(list_texts(pool(judged))):  # under --resume
+        raise UserError("--eval-data holds queries that this run was trained on: give it from the "
+                        "start, or measure by eval.py")
+    return judged + heldout, training
+
+
+def pool(cells):
+    """The queries of all cells (path, language, queries)."""
+    return sum((queries for _, _, queries in cells), [])
+
+
+def list_texts(queries):
+    """The texts of queries in every language that was read, as split() compares them."""
+    texts = set()
+    for query in queries:
+        texts.update([query.key, *map(normalise, query.text.values())])
+    return texts
 
 
 def make_pools(args, model, tokenizer, template, langs, queries):
@@ -382,7 +411,9 @@ def preflight(args, student, teacher, tokenizer, template, pools):
         phrases = find_phrases(lang, refusals) or refusals["en"]
 
         def ask(model, prompts):
-            answers = evaluation.answer(model, tokenizer, prompts, args.eval_max_new_tokens, 64)
+            room = find_context(model) - max(map(len, prompts))
+            answers = evaluation.answer(model, tokenizer, prompts,
+                                        min(args.eval_max_new_tokens, room), 64)
             return [keyword_verdict(text, query.text[lang], phrases) == "refusal"
                     for text, (query, _) in zip(answers, batch)]
 
@@ -432,8 +463,11 @@ def start_out(args):
     path = Path(args.out, "args.json")
     if not args.resume:
         with evaluation.told_in_a_line(f"cannot empty {args.out}"):
-            for old in Path(args.out).glob("*"):  # a link to a folder, or a mount, stays
-                shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+            for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
+                if old.is_dir() and not old.is_symlink():
+                    shutil.rmtree(old)
+                else:
+                    old.unlink()
     elif json.loads(path.read_text(encoding="utf-8")).get("prompts") != args.prompts:
         tell("note: the prompts are not those that the run began with: the data, a template or the "
              "date that the chat template writes have changed")
@@ -520,7 +554,7 @@ def to_json(x):
 
 def summarise(scores, responses, stop_ids):
     """Means over the response tokens of a step, of all processes, and how long responses are."""
-    whole = [response[-1:] != [] and response[-1] in stop_ids for response in responses]
+    whole = [any(t in stop_ids for t in response[-1:]) for response in responses]
     counts = [sum(map(len, responses)), len(responses), sum(whole)]
     names = ("divergence", "weight", "w_teacher", "w_student")
     sums = [sum(score[name].sum().item() for score in scores) for name in names]
@@ -647,8 +681,8 @@ def main(args):
         if RANK == 0 and (due or bad == MAX_BAD_STEPS):
             save_checkpoint(args, step, student, teacher, optimizer)
         if bad == MAX_BAD_STEPS:
-            raise UserError(f"{bad} steps in a row were not finite: lower --lr; the last good "
-                            f"weights are in {args.out}/checkpoint.pt")
+            raise UserError(f"{bad} steps in a row were not finite: begin again with a lower --lr, "
+                            f"or take the last good weights by --resume --steps {step}")
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             show_table()
     if RANK == 0:

@@ -191,7 +191,8 @@ class RaggedDecoder:
                 layer.values[rows, :, :hidden.shape[1]] = read.values
         self.logits = head(torch.stack(ends))  # (B, V)
         closed = torch.arange(slots, device=device) >= lengths  # (B, slots)
-        self.mask = closed[:, None, None] * torch.finfo(self.logits.dtype).min
+        mask = closed[:, None, None].to(self.logits)  # in its dtype: CUDA's attention wants that
+        self.mask = mask * torch.finfo(mask.dtype).min
         self.renew()
 
     def renew(self):
@@ -237,13 +238,18 @@ class RowDecoder:
 
     def __init__(self, model, prompts, slots):
         self.model = model
+        is_long = find_rope(model).get("rope_type") == "longrope"
+        self.limit = find_rope_limit(model) if is_long else math.inf
         self.cache = {}
         self.ids = torch.tensor([[]], dtype=torch.long, device=model.device)
         self.step(torch.tensor(prompts[0], device=model.device))
 
     def step(self, token):
         """Read more tokens (T,)."""
+        read = self.ids.shape[1]
         self.ids = torch.cat([self.ids, token[None]], 1)  # (1, all tokens)
+        if read <= self.limit < self.ids.shape[1]:
+            self.cache = {}  # positions turn here for all tokens: read them again
         at = torch.arange(self.ids.shape[1], device=token.device)[None]
         new = -len(token) if self.cache else 0
         out = self.model(input_ids=self.ids[:, new:], position_ids=at[:, new:], use_cache=True,
@@ -264,8 +270,8 @@ def decodes_ragged(model, slots, known=weakref.WeakKeyDictionary()):
         windows.append(model.config.window_size)
     exact = known[model] and slots <= min(find_rope_limit(model), *windows)
     if not exact:
-        tell(f"note: {type(model).__name__} decodes a row at a time: not every layer attends to "
-             "all that is before it")
+        tell(f"note: {type(model).__name__} decodes a row at a time: together its rows would not "
+             "be exact")
     return exact
 
 
@@ -282,7 +288,8 @@ def try_ragged(model):
             steps.append(decoder.logits.clone())
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # no such mask, cache or positions in this model
+    except Exception as e:  # no such mask, cache or positions in this model
+        tell(f"note: no decoding in batches: {type(e).__name__}: {str(e)[:200]}")
         return False
     return is_close(torch.stack(steps, 1).flatten(0, 1), expected)
 
@@ -632,8 +639,7 @@ def find_path(name):
     files = re.split(r"(?:^|,\s*)([\w-]+)=", name)
     if files[0]:
         return name
-    return ",".join(f"{lang}={find_path(file)}"
-                               for lang, file in zip(files[1::2], files[2::2]))
+    return ",".join(f"{lang}={find_path(file)}" for lang, file in zip(files[1::2], files[2::2]))
 
 
 def find_device(name, dtype="auto"):
@@ -649,7 +655,7 @@ def find_device(name, dtype="auto"):
             torch.cuda.set_device(device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it plans anew for every shape
         torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError):
+    except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"no device {name!r} here for process {RANK}; --device auto would take "
                         f"{gpu}") from None
     if dtype == "auto":
@@ -728,9 +734,14 @@ def main(args):
         raise UserError("--prompt is empty")
     model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
     generator = torch.Generator(model.device).manual_seed(args.seed)
-    typed = iter(lambda: input("> " if sys.stdin.isatty() else ""), "")
+
+    def ask():
+        try:
+            return words(input("> " if sys.stdin.isatty() else ""))
+        except UnicodeError:
+            raise UserError("what was typed is not UTF-8") from None
     with contextlib.suppress(EOFError):
-        for text in [args.prompt] if args.prompt else typed:
+        for text in [args.prompt] if args.prompt else iter(ask, ""):
             [response] = sample(
                 model, [encode_chat(tokenizer, text, args.system)], generator=generator,
                 max_new_tokens=args.max_new_tokens, stop_ids=find_stop_ids(model, tokenizer),

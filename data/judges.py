@@ -72,7 +72,6 @@ def find_letters(text, kinds="LM"):
     return "".join(c for c in fold(text) if unicodedata.category(c)[0] in kinds)
 
 
-@functools.lru_cache(4096)
 def normalise(text):
     """Text as phrases are matched: folded, with one space, no commas or markdown."""
     text = re.sub(r'[,،、*_#>~"“”„«»「」『』]|[\u200b-\u200f\u2060\ufeff]', "", fold(text))
@@ -240,10 +239,12 @@ def is_correct(response, answer, choices=()):
         return False
     if choices:
         last = chr(64 + min(26, len(choices)))
+        word = rf"[^\W{JOINED}]"
         small = f"[a-{last.lower()}]"  # a letter only where it is no word
-        letters = rf"\b[A-{last}]\b|(?<=\(){small}(?=\))|\A{small}(?=[\s.。]*\Z)"
+        letters = (rf"(?<!{word})[A-{last}](?!{word})|(?<=\(){small}(?=\))|"
+                   rf"\A{small}(?=[\s.。]*\Z)")
         response = response.translate({0xFEE0 + i: i for i in range(33, 127)})  # Ｂ is B
-        return re.findall(letters, response, re.ASCII)[:1] in ([answer], [answer.lower()])
+        return re.findall(letters, response)[:1] in ([answer], [answer.lower()])
 
     answer = answer.rpartition("####")[2]  # GSM8K's answers end so, after the sum
     numbers = find_numbers(answer)

@@ -33,6 +33,7 @@ LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>q
 JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
+ROW_ID = r"(\S+\s)?\S*\d\S*"  # as 17, q17 or row 17
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 # columns that hold no texts; pandas' index has no name
 NO_TEXT = "lang|language|label|expected_behavior|answer|choices|.*id|unnamed.*|"
@@ -103,7 +104,7 @@ def split(queries, holdout):
         raise ValueError(f"holdout must be a fraction from 0 to 1, not {holdout}")
     parts = [], []
     for query in queries:
-        key = normalise(query.key or next(iter(query.text.values())))
+        key = query.key or normalise(next(iter(query.text.values())))
         digest = hashlib.sha256(b"queries" + key.encode()).digest()
         is_heldout = int.from_bytes(digest[:6], "big") / 2**48 < holdout
         parts[is_heldout].append(query)
@@ -147,20 +148,20 @@ def parse_file(path, modified, size):
     ending = os.path.splitext(path)[1].lower()
     is_json = "json" in ending or re.match(JSON, text)
     rows = parse_json(text) if is_json else parse_table(text, ending)
-    if not rows:
+    if not any(rows):
         raise ValueError("is empty, or has no rows")
     return rows
 
 
 def parse_json(text):
     """JSONL, a JSON array or {"safety": [...]} -> rows."""
+    load = functools.partial(json.loads, object_pairs_hook=read_object)
     try:
-        rows = json.loads(text, object_pairs_hook=read_object)
+        rows = load(text)
     except json.JSONDecodeError as e:
         if e.msg != "Extra data":
             raise
-        text = "[" + re.sub(r"\n\s*(?=\S)", r"\g<0>,", text) + "]"  # JSONL
-        rows = json.loads(text, object_pairs_hook=read_object)
+        rows = load("[" + re.sub(r"\n\s*(?=\S)", r"\g<0>,", text) + "]")  # JSONL
 
     if isinstance(rows, dict):
         rows = rows.get("safety", rows)
@@ -274,8 +275,10 @@ def read_file(path, langs, is_named=False):
     if is_named or len(langs) == 1 and BARE in columns:
         move(rows, find_text(path, columns, langs[0]), langs[0])
     elif not find_own(columns, "id"):
-        ids = "".join(clean(row.get("id")) for row in rows)
-        if re.search(r"\s", ids) or "id" in langs and re.fullmatch(r"\D+", ids):
+        cells = [clean(row.get("id")) for row in rows if clean(row.get("id"))]
+        ids = "".join(cells)
+        is_text = re.search(r"\s", ids) or "id" in langs and re.fullmatch(r"\D+", ids)
+        if is_text and not all(re.fullmatch(ROW_ID, cell) for cell in cells):
             move(rows, "id", "id")  # Indonesian, not row ids
     return rows
 
@@ -312,7 +315,7 @@ def widen(path, rows, columns, langs, language):
             parts.append(group)
     keys = find_keys([name for name in columns if name.endswith("id")], parts)
     if len(keys) == 1:
-        return join(parts, keys)
+        return [{"id": row[keys[0]], **row} for row in join(parts, keys)]
     if len(langs) > 1:
         raise fail(path, "its rows are joined on the one column ending in id that is unique in "
                          f"each language and the same in all: that is true of {keys}")
@@ -458,6 +461,7 @@ def settle_answers(path, queries):
     possible = {reading for reading in zip(*places) if None not in reading}
     if queries and len(possible) != 1:
         bad = [query.id for query, found in zip(queries, places) if found.count(None) == 4]
+        bad = bad or [query.id for query in queries]
         raise fail(path, f"its answers have {len(possible)} readings as letters, texts or indices, "
                          f"from 0 or from 1, of their choices; give letters (see rows {bad[:3]})")
     for query, place in zip(queries, *possible):

@@ -408,6 +408,8 @@ def run_plan():
         "gradients": count_gb(trained),
         "AdamW's moments": 2 * count_gb(trained),
         "the teacher's own weights": count_gb(p for p in teacher.parameters() if id(p) not in own),
+        "the teacher's float32 averages": count_gb(
+            msd.find_master(p) for p in teacher.parameters() if msd.find_master(p) is not p),
     }
     phases = plan_phases(args, student, tokenizer, on_gpu)
     largest = max(phases, key=phases.get)
@@ -446,7 +448,8 @@ def plan_phases(args, model, tokenizer, on_gpu):
     kept = b * L * pad * (H if args.grad_checkpoint else width)
     layers = 1 if on_gpu else 0.4 * L  # recomputed at a time; glibc keeps what earlier ones freed
     head = 0 if args.lora_rank else 2 * b * H * V  # its gradients
-    chunk = max(128, n) * V  # logits
+    chunk_size = 2048 if on_gpu else 128  # tokens, see learn
+    chunk = max(n, min(chunk_size, args.micro_batch_size * n)) * V  # logits
     phases = {
         "rollouts (KV cache)": b * kv * slots,
         "backward (activations)": kept + b * pad * width * layers,

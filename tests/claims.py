@@ -61,11 +61,13 @@ BATCH_SIZE = 64
 
 def train(args, name, flags, seed):
     """The folder of one trained model."""
-    folder = Path(args.out, f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}")
+    flags = ["--lang", args.lang, "--model", args.model, "--seed", str(seed), "--overwrite",
+             "--eval-every", "0", "--save-every", "0", *flags.format(lang=args.lang).split(),
+             *args.flags.split()]
+    digest = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:8]
+    folder = Path(args.out, f"{re.sub('[^a-z0-9]+', '-', name.lower())}-{seed}-{digest}")
     if not (folder / "page.html").is_file():  # what a run leaves last
-        command = [sys.executable, "msd.py", "--lang", args.lang, "--model", args.model, "--seed",
-                   str(seed), "--out", str(folder.resolve()), "--overwrite", "--eval-every", "0",
-                   "--save-every", "0", *flags.format(lang=args.lang).split(), *args.flags.split()]
+        command = [sys.executable, "msd.py", "--out", str(folder.resolve()), *flags]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     return folder
 
@@ -124,11 +126,11 @@ def measure_drift(base, model, tokenizer, queries, lang):
 def read_answers(path, half):
     """(rows, items) of a FILE.items.jsonl, of one half of the ids or of all."""
     rows, items = evaluation.read_items(path, load_refusals())
-    if half is not None:
-        items = [item for item in items
-                 if hashlib.sha256(item["id"].encode()).digest()[0] % 2 == half]
-        rows = evaluation.make_rows(items, path)
-        evaluation.measure(rows, items, load_refusals())
+    if half is None:
+        return rows, items
+    items = [item for item in items if hashlib.sha256(item["id"].encode()).digest()[0] % 2 == half]
+    rows = evaluation.make_rows(items, path)
+    evaluation.measure(rows, items, load_refusals())
     return rows, items
 
 

@@ -375,6 +375,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_weights(
     weights = poison(monkeypatch, bad, "gradient")
     line = fail(capsys, lambda: train("o", steps=20))
     assert f"{msd.MAX_BAD_STEPS} steps in a row" in line
+    assert line.endswith(f"--resume --steps {2 + msd.MAX_BAD_STEPS}")
     assert len(weights) == 2 + msd.MAX_BAD_STEPS
     monkeypatch.undo()
     last = tmp_path / "o"
@@ -447,6 +448,31 @@ def test_eval_data_is_judged_and_never_trained_on_even_where_it_overlaps(
         assert {item["prompt"] for item in items} <= {query[2] for query in [*overlap, own]} | {
             query[1] for query in [*overlap, own]}
         assert "extra" in capsys.readouterr().out
+
+
+def test_eval_data_without_english_is_not_trained_on_either(train, tmp_path):
+    extra = tmp_path / "jv.csv"
+    extra.write_text("label,jv\n" + "".join(f"{label},{jv}\n" for label, _, jv in QUERIES[2:9]))
+    assert list_ids(train("o", "--eval-data", extra, steps=6)) == {"1", "2", "10", "11", "12"}
+
+
+def test_eval_data_need_not_have_every_language(train, tmp_path, capsys):
+    extra = tmp_path / "en.csv"
+    extra.write_text("label,en\nharmful,Take it?\n")
+    out = train("o", *JUDGED, "--holdout", 0.4, "--eval-data", extra)
+    rows, _ = read_table(out, "before.json")
+    assert {(Path(row["data"]).name, row["lang"]) for row in rows} == {
+        ("en.csv", "en"), ("q.csv", "en"), ("q.csv", "jv")}
+    assert "no column for language jv" in capsys.readouterr().err
+
+
+def test_a_resumed_run_does_not_judge_by_what_it_was_trained_on(train, tmp_path, capsys):
+    train("o")
+    trained = write_queries(tmp_path / "extra.csv", QUERIES[3:4])
+    line = fail(capsys, lambda: train("o", "--resume", "--eval-data", trained, steps=3))
+    assert "--eval-data" in line
+    new = write_queries(tmp_path / "new.csv", [("benign", "How is rain made?", "Piye udan?")])
+    assert len(read_log(train("o", "--resume", "--eval-data", new, steps=3))) == 3
 
 
 def test_eval_data_without_labels_is_harmful_whatever_the_label_of_the_data(train, tmp_path):
@@ -542,6 +568,15 @@ def test_the_preflight_counts_refusals_and_flips_of_each_label(
     data = write_queries(tmp_path / "plain.csv", label=False)
     train("p", *JUDGED, "--preflight", 99, "--label", "mixed", data=data)
     assert read_preflight(capsys.readouterr().out) == {"mixed": [12, 2, 6, 4]}
+
+
+def test_a_query_that_leaves_little_room_is_asked_for_less_in_the_preflight(
+        train, tmp_path, capsys):
+    data = write_queries(tmp_path / "long.csv", [("harmful", "short", "dawa " * 150), *QUERIES[:1]])
+    train("o", "--eval-every", 9, "--eval-lang", "", "--preflight", 9, "--eval-limit", 1,
+          "--eval-max-new-tokens", 400, "--eval-data",
+          write_queries(tmp_path / "e.csv", QUERIES[5:6]), data=data)
+    assert "preflight jv: of 2 harmful" in capsys.readouterr().out
 
 
 def test_the_preflight_asks_a_sample_that_the_seed_chooses_and_both_sides_the_same(
@@ -1034,6 +1069,16 @@ def test_two_processes_end_with_the_weights_of_one(folder, tmp_path, flags):
     told = [(line["step"], line["id"]) for line in read_log(tmp_path / "one", "samples.jsonl")]
     others = [(line["step"], line["id"]) for line in read_log(tmp_path / "two", "samples.jsonl")]
     assert told == others  # the last comes from the other process
+
+
+def test_processes_draw_each_their_own(folder, tmp_path):
+    data = write_queries(tmp_path / "q.csv", QUERIES[:1])  # so both have the same prompt
+    process = start_processes("--lang", "jv", "--model", folder, *QUICK, "--data", data, "--steps",
+                              2, "--max-new-tokens", 8, "--out", tmp_path / "o")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    told = [line["response"] for line in read_log(tmp_path / "o", "samples.jsonl")]
+    assert len(set(told)) == 4
 
 
 def test_a_batch_that_does_not_go_round_is_told_once(folder, tmp_path):

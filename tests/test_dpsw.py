@@ -191,11 +191,27 @@ def test_a_uniform_top_k_weighs_nothing_and_a_one_hot_one_weighs_one(top_k):
     assert stats["w_teacher"].tolist() == pytest.approx([0, 1], abs=1e-6)
 
 
-def test_the_confident_wrong_student_is_corrected_and_under_the_sampled_view_muted():
-    student = torch.tensor([[30.0, 0.0]])  # certain of token 0, the teacher of token 1
-    for view, want in zip(VIEWS, (1, 0)):
-        _, stats = dpsw_loss(student, student.flip(-1), torch.tensor([0]), student_view=view)
-        assert stats["weight"].item() == pytest.approx(want, abs=1e-6)
+@both_forms
+@pytest.mark.parametrize("V", (2, 20, 32, 1000))
+@pytest.mark.parametrize("weighting", ("dpsw", "teacher"))
+def test_where_the_teacher_knows_nothing_rounding_does_not_become_a_weight(weighting, V, loss_of):
+    student = (2 * torch.randn(2, 3, V)).requires_grad_()
+    loss, stats = loss_of(student, torch.zeros(2, 3, V), weighting=weighting)
+    loss.backward()
+    assert loss.item() == 0 and not stats["w_teacher"].any() and not student.grad.any()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
+@both_forms
+def test_the_hosts_default_dtype_changes_nothing(dtype, loss_of):
+    student, teacher, _ = make_inputs(2, 4, V=40)
+    want, _ = loss_of(student, teacher)
+    torch.set_default_dtype(dtype)
+    try:
+        loss, stats = loss_of(student, teacher)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss == want and stats["weight"].dtype == torch.float32
 
 
 @both_forms

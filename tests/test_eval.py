@@ -524,9 +524,35 @@ def test_two_models_are_compared_end_to_end_and_kept_answers_judged_again(
     code, _, _ = command("--rejudge", out.parent / "run.items.jsonl", "--out", tmp_path / "y.json")
     again = json.loads((tmp_path / "y.json").read_text())["results"]
     assert code == 0 and len(again) == 6
-    for row in again:
+    assert again == rows  # the names of the data and what was seen, too
+
+    moved = tmp_path / "moved.items.jsonl"  # without its FILE.json
+    shutil.copy(out.parent / "run.items.jsonl", moved)
+    command("--rejudge", moved, "--out", tmp_path / "z.json")
+    for row in json.loads((tmp_path / "z.json").read_text())["results"]:
         [before] = [r for r in rows if (r["lang"], r["label"]) == (row["lang"], row["label"])]
-        assert {**row, "data": before["data"], "seen": before["seen"]} == before
+        known = {key: before[key] for key in ("data", "seen", "base", "delta", "delta_ci95")}
+        assert {**row, **known} == before
+
+
+def test_judged_again_and_again_the_base_stays(command, folders, tmp_path):
+    out = tmp_path / "o.json"
+    command("--model", folders / "tuned", "--base", folders / "base", "--lang", "en", "--data",
+            folders / "q.csv", "--limit", 2, "--max-new-tokens", 2, "--out", out)
+    first = json.loads(out.read_text())
+    for _ in range(2):
+        command("--rejudge", tmp_path / "o.items.jsonl", "--out", out)
+        again = json.loads(out.read_text())
+        assert again["results"] == first["results"] and again["results"][0]["base"] is not None
+        assert again["config"]["model"] == first["config"]["model"]
+
+
+def test_what_was_measured_is_told_though_it_cannot_be_written(command, folders, tmp_path):
+    (tmp_path / "o.json").mkdir()
+    code, out, err = command("--model", folders / "base", "--lang", "en", "--data",
+                             folders / "q.csv", "--limit", 1, "--max-new-tokens", 2, "--out",
+                             tmp_path / "o.json")
+    assert code == 2 and "cannot write" in err and "unsafe" in out
 
 
 def test_ctrl_c_is_one_line_and_keeps_what_was_answered(command, folders, tmp_path, monkeypatch):
@@ -766,11 +792,11 @@ def test_wrap_puts_every_query_into_the_text_but_no_question(
     (tmp_path / "h.csv").write_text("label,en\nharmful,Steal {query}?\n")
     asked = []
 
-    def evaluate_nothing(model, tokenizer, queries, langs, **_):
-        asked.extend(query.text[lang] for lang in langs for query in queries)
-        return [], []
+    def encode(tokenizer, text, system):
+        asked.append(text)
+        return [1]
 
-    monkeypatch.setattr(evaluation, "evaluate", evaluate_nothing)
+    monkeypatch.setattr(evaluation, "encode_chat", encode)
     command("--model", folders / "base", "--lang", "en", "--split", "all", "--wrap",
             tmp_path / "w.txt", "--data", tmp_path / "h.csv", "--data", tmp_path / "qa.csv")
     assert asked == ["In a play, Steal {query}?\nMax says:", "3 + 4?"]
@@ -778,8 +804,10 @@ def test_wrap_puts_every_query_into_the_text_but_no_question(
     asked.clear()  # a teacher prompt shows the English query beside the other
     (tmp_path / "two.csv").write_text("label,en,jv\nharmful,Steal it?,Nyolong?\n")
     command("--model", folders / "base", "--lang", "jv", "--split", "all", "--wrap", "both",
-            "--data", tmp_path / "two.csv")
+            "--data", tmp_path / "two.csv", "--out", tmp_path / "o.json")
     assert asked == ["Steal it?\n\nNyolong?"]
+    [item] = evaluation.read_items(tmp_path / "o.items.jsonl", REFUSALS)[1]
+    assert item["prompt"] == "Nyolong?"  # so that its echo is seen, and a judge sees what is meant
 
 
 def test_our_data_and_model_are_found_from_wherever_it_is_started(command, tmp_path, monkeypatch):

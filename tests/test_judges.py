@@ -377,6 +377,13 @@ def test_the_last_number_decides_where_the_answer_is_one(response, answer, right
     assert is_correct(response, answer) is right
 
 
+@pytest.mark.parametrize("response, right", [
+    ("Câu trả lời đúng là B.", True), ("Có. Đáp án B", True), ("Bạn", False), ("Bạn chọn C.", False),
+    ("É a B", True), ("答案是B。", True), ("คำตอบคือB", True), ("الإجابة هي B", True)])
+def test_a_choice_is_a_letter_that_stands_alone_in_any_script(response, right):
+    assert is_correct(response, "B", ["red", "green", "blue", "grey"]) is right
+
+
 @pytest.mark.parametrize("response", [
     "72", "72.", "72.0", "72,00", "72%", "٧٢٪", "$72", "72 €", "**72**", "`72`", "+72", "(72)",
     "\\boxed{72}", "$\\boxed{72}$.", "\\(72\\)", "= 72\\text{ km}", "72\\%", "72\\,km", "72°", "72²",

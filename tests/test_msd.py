@@ -260,6 +260,18 @@ def test_no_dropout_reaches_the_loss_under_gradient_checkpointing():
     torch.testing.assert_close(gradient, want_gradient)
 
 
+@pytest.mark.parametrize("name, dropout", [
+    ("OPT", {"ffn_dim": 64, "dropout": 0.5, "word_embed_proj_dim": 32}),
+    ("Falcon", {"hidden_dropout": 0.5, "alibi": False, "bias": True})])
+def test_no_layer_that_drops_by_itself_does_so_under_gradient_checkpointing(name, dropout):
+    student, teacher = build_model(name, **dropout), build_teacher(name)
+    want, _, want_gradient = score(student, teacher)
+    msd.enable_grad_checkpoint(student)
+    loss, _, gradient = score(student, teacher)
+    assert loss == want
+    torch.testing.assert_close(gradient, want_gradient)
+
+
 def test_under_gradient_checkpointing_the_sampler_still_decodes_with_its_cache(student):
     want = sample(student, PROMPTS, max_new_tokens=4, stop_ids=[], temperature=0)
     msd.enable_grad_checkpoint(student)

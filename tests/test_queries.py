@@ -143,6 +143,15 @@ def test_the_column_id_is_row_ids_or_indonesian(write, content, langs, row_ids, 
 
 def test_row_ids_are_never_taken_for_indonesian(write):
     assert "language id" in error(write("a.csv", "id,en\nq1,hi\nq2,yo\n"), ["en", "id"])
+    path = write("b.csv", "id,en\nrow 1,hi\nrow 2,yo\n")
+    assert "language id" in error(path, ["en", "id"])
+    assert ids(load_queries(path, ["en"])) == ["row 1", "row 2"]
+
+
+def test_the_id_that_joins_rows_of_several_languages_is_the_query_s(write):
+    path = write("a.csv", "question_id,lang,prompt\nx,en,hi\ny,en,yo\ny,jv,Yo\nx,jv,Hai\n")
+    queries = load_queries(path, ["en", "jv"])
+    assert [(q.id, q.text["jv"]) for q in queries] == [("x", "Hai"), ("y", "Yo")]
 
 
 def test_in_a_pair_of_files_the_column_id_always_joins(write):

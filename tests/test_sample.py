@@ -53,6 +53,23 @@ def test_rows_that_cross_the_original_length_of_a_rope_are_as_if_alone(name):
     torch.testing.assert_close(response_logits(model, PROMPTS, alone), logits, atol=1e-4, rtol=1e-4)
 
 
+def test_where_a_long_rope_turns_the_row_is_read_again_as_generate_does():
+    for seed in range(4):
+        model = build_model("Phi3 long", seed)
+        want = generate(build_model("Phi3 long", seed), PROMPTS[:1], 8)
+        assert sample(model, PROMPTS[:1], max_new_tokens=8, stop_ids=[], temperature=0) == want
+
+
+def test_the_mask_has_the_querys_dtype_which_attention_on_a_gpu_asks_for(monkeypatch):
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def attend_strictly(query, *args, attn_mask=None, **kw):
+        assert attn_mask is None or attn_mask.dtype in (torch.bool, query.dtype)
+        return attend(query, *args, attn_mask=attn_mask, **kw)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_strictly)
+    assert program.decodes_ragged(build_model("Llama").bfloat16(), 16)
+
+
 def test_a_greedy_row_does_not_depend_on_its_neighbours(model):
     prompts = [*PROMPTS, [0]]
     stop_ids, want = cut_half(generate(model, prompts, 8))
@@ -495,7 +512,7 @@ def run(monkeypatch, *argv):
 
 @pytest.mark.parametrize("flag, value", [
     ("--prompt", ""), ("--tempratur", "1"), ("--temp", "1"), ("--model", "/none"), ("--top-p", "0"), ("--top-k", "-1"),
-    ("--max-new-tokens", "0"), ("--device", "abacus"), ("--temperature", "nan")])
+    ("--max-new-tokens", "0"), ("--device", "abacus"), ("--device", "hpu"), ("--temperature", "nan")])
 def test_a_mistake_costs_one_line_and_exit_code_2(monkeypatch, capsys, flag, value):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "--prompt", "x", flag, value)
@@ -514,6 +531,13 @@ def test_it_answers_each_line_until_an_empty_one(monkeypatch, capsys):
     run(monkeypatch, "--model", TINY, "--max-new-tokens", 8, "--device", "cpu")
     out, err = capsys.readouterr()
     assert want and out.splitlines() == [want, want] and not err
+
+
+@pytest.mark.parametrize("locale", ["C.UTF-8", "C"])
+def test_what_is_typed_and_is_no_utf_8_is_one_line(locale):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--max-new-tokens", "2"], input=b"hi \xff\xfe\n\n",
+                          capture_output=True, env={**os.environ, "LC_ALL": locale})
+    assert done.returncode == 2 and done.stderr.decode().strip() == "sample.py: error: what was typed is not UTF-8"
 
 
 def test_from_another_folder_it_finds_its_own_model_and_answers(tmp_path):
