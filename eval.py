@@ -330,7 +330,7 @@ def find_kept(args):
     rows = []
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         found = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
-        args.model, args.base = found["config"]["model"], found["config"]["base"]
+        args.model, args.base = str(found["config"]["model"]), found["config"]["base"]
         if not args.base:  # what lies there is an earlier command's
             files = files[:1]
         rows = [{key: row[key] for key in ROW_KEYS[:5]} for row in found["results"]]

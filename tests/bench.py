@@ -348,7 +348,7 @@ def bench_plan(args):
     """Print what is planned; rows: that over the peak of a run."""
     rows = []
     for flags in [args.flags] if args.flags else ["", "--lora-rank 16"]:
-        command = ["--batch-size", "8", "--max-new-tokens", str(args.tokens), *shlex.split(flags)]
+        command = shlex.split(flags)
         worker = start(args, "plan", argv=make_flags(args, *command))
         parts = hear(worker)
         worker.wait()
@@ -671,7 +671,7 @@ def main():
         help="cpu: the process's own seconds, for a machine that is not free")
     add("--reps", type=int, default=3, help="repetitions after the warm-up")
     add("--tokens", type=int, default=32,
-        help="response tokens of sample, step, plan and processes")
+        help="response tokens of sample, step and processes")
     add("--batch", type=numbers, default="16", help="of sample and processes: 1,16,64")
     add("--vocab", type=numbers, default="49152,262144", help="V of the loss")
     add("--trl-python", default=sys.executable,
