@@ -455,6 +455,8 @@ def report(args, runs, judge):
 
 def main(args):
     """Answer and judge, or judge kept answers again. Whatever fails, what was measured is told."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("eval.py works in one process: start it without torchrun")
     if args.rejudge:
         files, kept_rows = find_kept(args)
     run = {"lang": "", "source_lang": "en", "holdout": 0.2}

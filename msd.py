@@ -39,10 +39,10 @@ from data.judges import find_phrases, keyword_verdict, load_refusals
 from data.queries import load_queries, normalise, split
 from dpsw import dpsw_loss_chunked
 from sample import (
-    HERE, LANGUAGES, RANK, Parser, UserError, add_model_flags, encode_chat, eval_mode,
-    fill_template, find_context, find_device, find_path, find_process, find_stop_ids,
-    find_vocab_size, gather, load_model, natural, need, number, pad_right, positive, read_template,
-    response_hidden, response_logits, sample, tell)
+    HERE, LANGUAGES, RANK, Parser, UserError, add_model_flags, encode_chat, fill_template,
+    find_context, find_device, find_path, find_process, find_stop_ids, find_vocab_size, gather,
+    load_model, natural, need, number, pad_right, positive, read_template, response_hidden,
+    response_logits, sample, tell)
 
 try:
     import resource
@@ -320,8 +320,11 @@ def checkpoint_layer(layer, checkpoint, forward, *args):
     """Run a layer under its checkpoint, back in evaluation mode: some (OPT's, Falcon's) drop by the
     layer's own mode."""
     def run(*args):
-        with eval_mode(layer):
+        layer.training = False
+        try:
             return forward(*args)
+        finally:
+            layer.training = True
     return checkpoint(run, *args)
 
 
@@ -499,7 +502,7 @@ def load_checkpoint(args, student, teacher, optimizer):
     """Restore what save_checkpoint wrote, cut what the logs hold beyond it -> steps done. Raises
     UserError."""
     with evaluation.told_in_a_line(f"--resume {args.out}"):
-        state = torch.load(Path(args.out, "checkpoint.pt"), student.device, weights_only=True)
+        state = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
         for p, saved in zip(list_state(args, student, teacher), state["weights"], strict=True):
             p.copy_(saved)
         round_masters(student)
@@ -681,6 +684,7 @@ def main(args):
         if RANK == 0 and (due or bad == MAX_BAD_STEPS):
             save_checkpoint(args, step, student, teacher, optimizer)
         if bad == MAX_BAD_STEPS:
+            gather(None)  # the first process has saved: torchrun ends it with the others
             raise UserError(f"{bad} steps in a row were not finite: begin again with a lower --lr, "
                             f"or take the last good weights by --resume --steps {step}")
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:

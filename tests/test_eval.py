@@ -547,6 +547,12 @@ def test_judged_again_and_again_the_base_stays(command, folders, tmp_path):
         assert again["config"]["model"] == first["config"]["model"]
 
 
+def test_under_torchrun_it_is_refused(command, folders, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # else each process would write the same files
+    code, _, err = command("--model", folders / "base", "--lang", "en")
+    assert code == 2 and "without torchrun" in err
+
+
 def test_what_was_measured_is_told_though_it_cannot_be_written(command, folders, tmp_path):
     (tmp_path / "o.json").mkdir()
     code, out, err = command("--model", folders / "base", "--lang", "en", "--data",
