@@ -341,7 +341,7 @@ def read_data(args, langs):
     --data that are not held out, nor in --eval-data. Raises UserError."""
     asked = evaluation.split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
     read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
-                             needs_all=not args.eval_data)
+                             needs_all=not (args.eval_data or args.kept_out))
     kept_out = list_texts(pool(read(args.kept_out, split="all")))
     limit = args.eval_limit or None
     judged = read(args.eval_data, split="all", limit=limit)

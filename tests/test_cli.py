@@ -464,6 +464,7 @@ def test_eval_data_need_not_have_every_language(train, tmp_path, capsys):
     assert {(Path(row["data"]).name, row["lang"]) for row in rows} == {
         ("en.csv", "en"), ("q.csv", "en"), ("q.csv", "jv")}
     assert "no column for language jv" in capsys.readouterr().err
+    train("o", *JUDGED, "--holdout", 0.4, "--resume", steps=3)  # judged by the held-out ones alone
 
 
 def test_a_resumed_run_does_not_judge_by_what_it_was_trained_on(train, tmp_path, capsys):
