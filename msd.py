@@ -357,7 +357,8 @@ def read_data(args, langs):
             raise UserError(e) from None
         training += [query for query in split(queries, args.holdout)[0]
                      if kept_out.isdisjoint(list_texts([query]))]
-    if not list_texts(training).isdisjoint(list_texts(pool(judged))):  # under --resume
+    # else what is judged was kept out, just now
+    if args.resume and not list_texts(training).isdisjoint(list_texts(pool(judged))):
         raise UserError("--eval-data holds queries that this run was trained on: give it from the "
                         "start, or measure by eval.py")
     return judged + heldout, training

@@ -275,7 +275,7 @@ def read_file(path, langs, is_named=False):
     if is_named or len(langs) == 1 and BARE in columns:
         move(rows, find_text(path, columns, langs[0]), langs[0])
     elif not find_own(columns, "id"):
-        cells = [clean(row.get("id")) for row in rows if clean(row.get("id"))]
+        cells = list(filter(None, (clean(row.get("id")) for row in rows)))
         ids = "".join(cells)
         is_text = re.search(r"\s", ids) or "id" in langs and re.fullmatch(r"\D+", ids)
         if is_text and not all(re.fullmatch(ROW_ID, cell) for cell in cells):

@@ -214,6 +214,13 @@ def test_the_hosts_default_dtype_changes_nothing(dtype, loss_of):
     assert loss == want and stats["weight"].dtype == torch.float32
 
 
+def test_the_confident_wrong_student_is_corrected_and_under_the_sampled_view_muted():
+    student = torch.tensor([[30.0, 0.0]])  # certain of token 0, the teacher of token 1
+    for view, want in zip(VIEWS, (1, 0)):
+        _, stats = dpsw_loss(student, student.flip(-1), torch.tensor([0]), student_view=view)
+        assert stats["weight"].item() == pytest.approx(want, abs=1e-6)
+
+
 @both_forms
 @pytest.mark.parametrize("weight_norm", NORMS)
 def test_micro_batches_with_the_steps_count_give_the_gradient_of_the_whole(weight_norm, loss_of):
