@@ -37,7 +37,6 @@ ROW_ID = r"(\S+\s)?\S*\d\S*"  # as 17, q17 or row 17
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 # columns that hold no texts; pandas' index has no name
 NO_TEXT = "lang|language|label|expected_behavior|answer|choices|.*id|unnamed.*|"
-TOLD = set()
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
     CODES = {name.lower(): code for code, name in json.load(f).items()}
@@ -118,27 +117,21 @@ def normalise(text):
 
 # --- what is told
 
-def one_line(text):
-    """Any text as one printable line of at most 400 characters."""
-    return "".join(c if c.isprintable() else " " for c in text[:400])
-
-
 def fail(path, problem):
-    """The ValueError for a file, its message one bounded line."""
-    return ValueError(one_line(f"{path[-120:]}: {problem}"))
+    """The ValueError for a file, its message one printable line of at most 400 characters."""
+    line = f"{path[-120:]}: {problem}"[:400]
+    return ValueError("".join(c if c.isprintable() else " " for c in line))
 
 
+@functools.cache
 def tell(path, what):
     """A line on stderr, once in a process: a file is loaded for one language after another."""
-    line = str(fail(path, what))
-    if line not in TOLD:
-        print(line, file=sys.stderr)
-    TOLD.add(line)
+    print(fail(path, what), file=sys.stderr)
 
 
 # --- a file -> rows: {column: cell}
 
-@functools.lru_cache(maxsize=16)
+@functools.cache
 def parse_file(path, modified, size):
     """A file of any format -> rows, which nobody changes."""
     with open(path, encoding="utf-8-sig", newline="") as f:
