@@ -35,8 +35,7 @@ QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not t
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
 ROW_ID = r"(\S+\s)?\S*\d\S*"  # as 17, q17 or row 17
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
-# columns that hold no texts; pandas' index has no name
-NO_TEXT = "lang|language|label|expected_behavior|answer|choices|.*id|unnamed.*|"
+NO_TEXT = "lang|language|label|expected_behavior|answer|choices|.*id|unnamed.*"  # columns
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
     CODES = {name.lower(): code for code, name in json.load(f).items()}
@@ -143,12 +142,13 @@ def parse_file(path, modified, size):
     rows = parse_json(text) if is_json else parse_table(text, ending)
     if not any(rows):
         raise ValueError("is empty, or has no rows")
-    return rows
+    return [read_object([(name.strip().lower(), cell) for name, cell in row.items()])
+            for row in rows]
 
 
 def parse_json(text):
     """JSONL, a JSON array or {"safety": [...]} -> rows."""
-    load = functools.partial(json.loads, object_pairs_hook=read_object)
+    load = json.JSONDecoder(object_pairs_hook=read_object).decode
     try:
         rows = load(text)
     except json.JSONDecodeError as e:
@@ -160,25 +160,15 @@ def parse_json(text):
         rows = rows.get("safety", rows)
     if not isinstance(rows, list):
         rows = [rows]
-    rows = [row if isinstance(row, dict) else {BARE: row} for row in rows]
-    for row in rows:
-        check_names(row)
-    return rows
+    return [row if isinstance(row, dict) else {BARE: row} for row in rows]
 
 
 def read_object(pairs):
-    """A JSON object. ValueError where two values have one name."""
+    """A row, or an object of JSON. ValueError where two of its values have one name."""
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError("has a duplicate column")
     return row
-
-
-def check_names(names):
-    """ValueError where two columns have one name."""
-    found = Counter(name.strip().lower() for name in names)
-    if [name for name, n in found.items() if name and n > 1]:
-        raise ValueError("has a duplicate column")
 
 
 def find_delimiter(first, ending):
@@ -212,11 +202,11 @@ def parse_table(text, ending):
         return [{BARE: "".join(cells)} for cells in lines]  # blank ones keep their place
     lines = [cells for cells in lines if cells]
     columns = [BARE, "answer"] if is_qa else lines.pop(0)
-    check_names(columns)
+    rows = []
     for n, cells in enumerate(lines, 1):
         if len(cells) != len(columns):
             raise ValueError(f"row {n} has {len(cells)} cells instead of {len(columns)}")
-    rows = [dict(zip(columns, cells)) for cells in lines]
+        rows.append(read_object([pair for pair in zip(columns, cells) if pair[0]]))
     return [{**row, "label": "qa"} for row in rows] if is_qa else rows
 
 
@@ -253,13 +243,12 @@ def read_file(path, langs, is_named=False):
     try:
         file = os.path.expanduser(path)
         found = os.stat(file)
-        rows = parse_file(file, found.st_mtime_ns, found.st_size)
+        rows = [row.copy() for row in parse_file(file, found.st_mtime_ns, found.st_size)]
     except (OSError, RecursionError, ValueError) as e:
         problem = getattr(e, "strerror", None) or e
         raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
     if find_columns(rows) == [BARE]:
         rows = read_header(path, rows, langs)
-    rows = [{name.strip().lower(): cell for name, cell in row.items()} for row in rows]
 
     columns = find_columns(rows)
     language = "language" if "language" in columns else "lang"
@@ -288,7 +277,7 @@ def read_header(path, rows, langs):
     is_name = read_code(first) in {*ALIASES, *CODES.values(), *langs}
     taken = "the column's name" if is_name else "a query"
     tell(path, f"its first line, {first[:60]!r}, is taken for {taken}")
-    return [{first: row[BARE]} for row in rows[1:]] if is_name else rows
+    return [{first.lower(): row[BARE]} for row in rows[1:]] if is_name else rows
 
 
 def widen(path, rows, columns, langs, language):
