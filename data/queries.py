@@ -27,8 +27,7 @@ ALIASES = ["prompt", "instruction", "goal"]
 BARE = "(no column name)"  # the column of texts that have none
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LINES = "\x1f"             # the delimiter of a file without one
-# names of columns, with one blank around them or none; but "Yes, please" is a query
-HEADER = r'(?!\w+, ) ?[\w"=-]* ?(?:([\t,;|]) ?[\w"=-]* ?)+'
+HEADER = r'[\w"-]*([,;|][\w"-]*)+'  # names of columns, but "Yes, please" is a query
 LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>qa)"
 JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
@@ -134,7 +133,7 @@ def tell(path, what):
 def parse_file(path, modified, size):
     """A file of any format -> rows, which nobody changes."""
     with open(path, encoding="utf-8-sig", newline="") as f:
-        text = f.read().rstrip("\r\n")
+        text = f.read().strip("\r\n")
     if "\0" in text:
         raise ValueError("holds NUL bytes")
     ending = os.path.splitext(path)[1].lower()
@@ -173,30 +172,27 @@ def read_object(pairs):
 
 def find_delimiter(first, ending):
     """What is between the columns of a table, by its first line and the file's ending."""
-    header = re.fullmatch(HEADER, first)
-    if header:
-        return header[1]
-    if ending == ".csv":
+    if ending == ".tsv" or "\t" in first:
+        return "\t"
+    if ending == ".csv" or re.fullmatch(HEADER, first):
         return max(",;|", key=first.count)
-    return "\t" if ending == ".tsv" or "\t" in first else LINES
+    return LINES
 
 
 def parse_table(text, ending):
     """CSV, TSV or a query a line -> rows."""
-    text = text.lstrip("\r\n")
+    text = re.sub(r"^sep=.[\r\n]+", "", text)  # Excel's first line
     first = re.match(r"[^\r\n]*", text)[0]
     delimiter = find_delimiter(first, ending)
-    text = text.removeprefix(f"sep={delimiter}").lstrip("\r\n")  # Excel's first line
     is_qa = delimiter == "\t" and re.fullmatch(QUESTION_AND_ANSWER, first)
     quoting = csv.QUOTE_NONE if is_qa or delimiter == LINES else csv.QUOTE_MINIMAL
     csv.field_size_limit(1 << 22)  # 128 KiB otherwise: less than a long document
-    file = io.StringIO(text, newline="")
-    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True,
-                        skipinitialspace=f'{delimiter} "' in first)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting,
+                        strict=True)
     try:
         lines = list(reader)
     except csv.Error as e:
-        raise ValueError(f"line {reader.line_num}: {e}; check the quotes there and before") from e
+        raise ValueError(f"line {reader.line_num}: {e}; check the quotes there and before")
 
     if not any(any(cells[1:]) for cells in lines):
         return [{BARE: "".join(cells)} for cells in lines]  # blank ones keep their place
