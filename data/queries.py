@@ -20,7 +20,7 @@ import re
 import sys
 import unicodedata
 from collections import ChainMap, Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 ALIASES = ["prompt", "instruction", "goal"]
@@ -47,7 +47,7 @@ class Query:
     text: dict          # language -> query
     extra: dict         # every column of the row, by its name in lower case
     answer: str = None  # of qa rows; a letter where there are choices
-    choices: list = field(default_factory=list)
+    choices: list = ()
     key: str = ""       # what split() hashes: the English text, asked for or not, or the first
 
 
@@ -59,7 +59,6 @@ def load_queries(path, langs, label=None):
     stderr gets how many rows were read, used and skipped, and why.
     """
     path = os.fspath(path)
-    langs = [lang.strip() for lang in langs if lang.strip()]
     if not langs or label not in (None, "harmful", "benign", "mixed", "qa"):
         raise ValueError("give a language or more, and a label that is harmful, benign, mixed or "
                          f"qa: not {langs} and {str(label)[:60]!r}")
@@ -72,15 +71,16 @@ def load_queries(path, langs, label=None):
             raise fail(path, f"no column for language {lang}: found {', '.join(columns)[:150]}; "
                              f"a file that is all {lang} is given as {lang}=FILE")
     label_column = "label" if "label" in columns else "expected_behavior"
-    if label_column not in columns:
-        label_column = None
-        label = label or assume_label(path, rows, columns)
+    if label_column in columns:
+        label = None
+    elif not label:
+        label = assume_label(path, rows, columns)
 
     queries = []
     skipped = Counter()
     for n, row in enumerate(rows, 1):
         try:
-            row_label = read_label(row, label_column) if label_column else label
+            row_label = label or read_label(row, label_column)
             queries.append(read_query(row, n, langs, texts, row_label))
         except (RecursionError, TypeError, ValueError) as reason:
             skipped[str(reason)[:80]] += 1
@@ -102,8 +102,8 @@ def split(queries, holdout):
     parts = [], []
     for query in queries:
         key = query.key or normalise(next(iter(query.text.values())))
-        digest = hashlib.sha256(b"queries" + key.encode()).digest()
-        is_heldout = int.from_bytes(digest[:6], "big") / 2**48 < holdout
+        digest = hashlib.sha256(b"queries" + key.encode()).hexdigest()
+        is_heldout = int(digest[:12], 16) / 16**12 < holdout
         parts[is_heldout].append(query)
     return parts
 
@@ -393,7 +393,7 @@ def read_cell(cell):
 def read_label(row, column):
     """harmful | benign | qa"""
     value = row.get(column)
-    match = re.fullmatch(LABEL, clean(value).lower(), re.S)
+    match = re.fullmatch(LABEL, clean(value).lower())
     if not match:
         raise ValueError(f"{column} {value!r}")
     return match.lastgroup
