@@ -15,13 +15,13 @@ import functools
 import hashlib
 import io
 import json
-import os
 import re
 import sys
 import unicodedata
 from collections import ChainMap, Counter
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 ALIASES = ["prompt", "instruction", "goal"]
 BARE = "(no column name)"  # the column of texts that have none
@@ -32,12 +32,12 @@ LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>q
 JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
-ROW_ID = r"(\S+\s)?\S*\d\S*"  # as 17, q17 or row 17
+WORDS = r"(\S+\s+){2}|\D+\s\D+$"  # and no row id as 17, q17 or row 17
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 NO_TEXT = "lang|language|label|expected_behavior|answer|choices|.*id|unnamed.*"  # columns
 
-with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
-    CODES = {name.lower(): code for code, name in json.load(f).items()}
+LANGUAGES = json.loads((Path(__file__).parent / "prompts/languages.json").read_text())
+CODES = {name.lower(): code for code, name in LANGUAGES.items()}
 
 
 @dataclass
@@ -58,7 +58,7 @@ def load_queries(path, langs, label=None):
     a label column; None is harmful. ValueError, of one line, for what cannot be read.
     stderr gets how many rows were read, used and skipped, and why.
     """
-    path = os.fspath(path)
+    path = str(path)
     if not langs or label not in (None, "harmful", "benign", "mixed", "qa"):
         raise ValueError("give a language or more, and a label that is harmful, benign, mixed or "
                          f"qa: not {langs} and {str(label)[:60]!r}")
@@ -136,7 +136,7 @@ def parse_file(path, modified, size):
         text = f.read().strip("\r\n")
     if "\0" in text:
         raise ValueError("holds NUL bytes")
-    ending = os.path.splitext(path)[1].lower()
+    ending = Path(path).suffix.lower()
     is_json = "json" in ending or re.match(JSON, text)
     rows = parse_json(text) if is_json else parse_table(text, ending)
     if not any(rows):
@@ -211,7 +211,7 @@ def parse_table(text, ending):
 def read_parallel(path, langs):
     """A file, or a file per language -> wide rows."""
     first, *named = re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
-    if first or os.path.exists(path):
+    if first:
         return read_file(path, langs)
     files = dict(zip(map(str.lower, named[::2]), named[1::2]))
     if not {lang.lower() for lang in langs} <= set(files) or 2 * len(files) < len(named):
@@ -237,12 +237,10 @@ def read_file(path, langs, is_named=False):
     is_named: the file was named for its language, langs[0].
     """
     try:
-        file = os.path.expanduser(path)
-        found = os.stat(file)
-        rows = [row.copy() for row in parse_file(file, found.st_mtime_ns, found.st_size)]
+        found = Path(path).stat()
+        rows = [row.copy() for row in parse_file(path, found.st_mtime_ns, found.st_size)]
     except (OSError, RecursionError, ValueError) as e:
-        problem = getattr(e, "strerror", None) or e
-        raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
+        raise fail(path, f"{e}; give UTF-8 CSV, TSV, JSONL or JSON") from None
     if find_columns(rows) == [BARE]:
         rows = read_header(path, rows, langs)
 
@@ -253,10 +251,9 @@ def read_file(path, langs, is_named=False):
     if is_named or len(langs) == 1 and BARE in columns:
         move(rows, find_text(path, columns, langs[0]), langs[0])
     elif not find_own(columns, "id"):
-        cells = list(filter(None, (clean(row.get("id")) for row in rows)))
-        ids = "".join(cells)
-        is_text = re.search(r"\s", ids) or "id" in langs and re.fullmatch(r"\D+", ids)
-        if is_text and not all(re.fullmatch(ROW_ID, cell) for cell in cells):
+        cells = [clean(row.get("id")) for row in rows]
+        has_words = any(re.match(WORDS, cell) for cell in cells)
+        if has_words or "id" in langs and re.fullmatch(r"\D+", "".join(cells)):
             move(rows, "id", "id")  # Indonesian, not row ids
     return rows
 

@@ -309,12 +309,6 @@ def test_each_language_needs_one_file_and_only_one(write):
     assert "twice" in error(f"en={path},en={path}", ["en"])
 
 
-def test_a_path_that_exists_is_a_path_whatever_it_looks_like(write, monkeypatch, tmp_path):
-    write("en=a.csv", "en,jv\nhi,hai\n")
-    monkeypatch.chdir(tmp_path)
-    assert texts(load_queries("en=a.csv", ["en"]), "en") == ["hi"]
-
-
 # --- no header
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "noextension"])
