@@ -218,17 +218,19 @@ def read_parallel(path, langs):
         raise fail(path, f"name one file for each of {', '.join(langs)}, and none twice")
 
     parts = [read_file(file, [lang], is_named=True) for lang, file in files.items()]
-    keys = find_keys(["id"], parts)
-    ids = [[clean(row.get("id")) for row in part] for part in parts]
-    counts = [len(cells) for cells in ids]
-    known = {tuple(cells) for cells in ids if any(cells)}
-    if not keys and (len(known) > 1 or len(set(counts)) > 1):
+    if len(parts) == 1:
+        return parts[0]
+    if is_key("id", parts):
+        tell(path, "joined on id")
+        return join(parts, "id")
+
+    counts = [len(part) for part in parts]
+    ids = [[clean(row.get("id")) for row in part] for part in parts if "id" in find_columns(part)]
+    if len(set(counts)) > 1 or any(cells != ids[0] for cells in ids):
         raise fail(path, f"unmatched ids, or numbers of rows ({counts}): give each row an id that "
                          "is once in every file")
-    if len(parts) > 1:
-        how = "on id" if keys else "by position: not every file has an id that is unique"
-        tell(path, f"joined {how}")
-    return join(parts, keys)
+    tell(path, "joined by position: not every file has an id that is unique")
+    return join(parts)
 
 
 def read_file(path, langs, is_named=False):
@@ -278,7 +280,7 @@ def widen(path, rows, columns, langs, language):
     groups = {}
     for row in rows:
         groups.setdefault(read_code(clean(row.get(language))), []).append(row)
-    counts = str({lang: len(group) for lang, group in groups.items()})[:150]
+    counts = {lang: len(group) for lang, group in groups.items()}
     tell(path, f"rows by {language}: {counts}")
     if not set(langs) <= set(groups):
         raise fail(path, f"not all of {langs} are in its column {language}, which holds {counts}")
@@ -288,32 +290,26 @@ def widen(path, rows, columns, langs, language):
         if lang in (*langs, "en"):  # split() goes by English
             move(group, find_text(path, columns, lang, "translated"), lang)
             parts.append(group)
-    keys = find_keys([name for name in columns if name.endswith("id")], parts)
+    keys = [name for name in columns if name.endswith("id") and is_key(name, parts)]
     if len(keys) == 1:
-        return [{"id": row[keys[0]], **row} for row in join(parts, keys)]
+        return [{"id": row[keys[0]], **row} for row in join(parts, keys[0])]
     if len(langs) > 1:
         raise fail(path, "its rows are joined on the one column ending in id that is unique in "
                          f"each language and the same in all: that is true of {keys}")
     return groups[langs[0]]
 
 
-def find_keys(columns, parts):
-    """The columns that have the same values in every part, and no value twice."""
-    keys = []
-    for column in columns:
-        first, *others = [sorted(clean(row.get(column)) for row in part) for part in parts]
-        is_unique = "" not in first and len(set(first)) == len(first)
-        if is_unique and all(other == first for other in others):
-            keys.append(column)
-    return keys
+def is_key(column, parts):
+    """Whether a column has the same values in every part, and none twice."""
+    first, *others = [sorted(clean(row.get(column)) for row in part) for part in parts]
+    is_unique = all(first) and len(set(first)) == len(first)
+    return is_unique and all(other == first for other in others)
 
 
-def join(parts, keys):
-    """Rows of several parts, by keys[0] or else by position. The first part's cells stay."""
-    tables = []
-    for part in parts:
-        tables.append({clean(row[keys[0]]) if keys else n: row for n, row in enumerate(part)})
-    return [dict(ChainMap(*(table[key] for table in tables))) for key in tables[0]]
+def join(parts, key=None):
+    """Rows of several parts, by a column or else by position. The first part's cells stay."""
+    tables = [{clean(row.get(key)) or n: row for n, row in enumerate(part)} for part in parts]
+    return [dict(ChainMap(*(table[name] for table in tables))) for name in tables[0]]
 
 
 # --- columns
@@ -338,13 +334,11 @@ def find_own(columns, lang):
 def find_text(path, columns, lang, hint="translat"):
     """The column of texts where the language is known."""
     own = find_own(columns, lang)
-    translated = [name for name in columns if "translated" in name]
-    if own or len(translated) == 1 and lang != "en":
-        return own or translated[0]
-    found = [name for name in columns if name in ALIASES or hint in name]
-    if not found:
-        found = [name for name in columns if not re.fullmatch(NO_TEXT, name)
-                 and read_code(name) not in CODES.values()]
+    translated = [name for name in columns if "translated" in name and lang != "en"]
+    known = [name for name in columns if name in ALIASES or hint in name]
+    others = [name for name in columns if not re.fullmatch(NO_TEXT, name)
+              and read_code(name) not in CODES.values()]
+    found = [own] if own else translated or known or others
     if len(found) != 1 and columns != ["id"]:
         names = ", ".join(found or columns)[:150]
         raise fail(path, f"no column, or more than one, may be {lang}: {names}; call it {lang}")
@@ -424,7 +418,7 @@ def read_choices(row):
 
 def settle_answers(path, queries):
     """Answers -> the letters of their choices, if one reading alone fits the whole file."""
-    numbers = [str(n) for n in range(99)]
+    numbers = list(map(str, range(99)))
     places = []
     for query in queries:
         answer = query.answer.upper()
@@ -436,9 +430,8 @@ def settle_answers(path, queries):
     possible = {reading for reading in zip(*places) if None not in reading}
     if queries and len(possible) != 1:
         bad = [query.id for query, found in zip(queries, places) if found.count(None) == 4]
-        bad = bad or [query.id for query in queries]
         raise fail(path, f"its answers have {len(possible)} readings as letters, texts or indices, "
-                         f"from 0 or from 1, of their choices; give letters (see rows {bad[:3]})")
+                         f"from 0 or from 1, of their choices; give letters (unread: rows {bad[:3]})")
     for query, place in zip(queries, *possible):
         query.answer = LETTERS[place]
         query.choices = list(query.choices.values())
