@@ -301,9 +301,9 @@ def widen(path, rows, columns, langs, language):
 
 def is_key(column, parts):
     """Whether a column has the same values in every part, and none twice."""
-    first, *others = [sorted(clean(row.get(column)) for row in part) for part in parts]
-    is_unique = all(first) and len(set(first)) == len(first)
-    return is_unique and all(other == first for other in others)
+    ids = [sorted(clean(row.get(column)) for row in part) for part in parts]
+    distinct = sorted(set(ids[0]) - {""})
+    return all(cells == distinct for cells in ids)
 
 
 def join(parts, key=None):
@@ -340,8 +340,8 @@ def find_text(path, columns, lang, hint="translat"):
               and read_code(name) not in CODES.values()]
     found = [own] if own else translated or known or others
     if len(found) != 1 and columns != ["id"]:
-        names = ", ".join(found or columns)[:150]
-        raise fail(path, f"no column, or more than one, may be {lang}: {names}; call it {lang}")
+        raise fail(path, f"no column, or more than one, may be {lang}; call it {lang}: "
+                         f"{found or columns}")
     return (found or columns)[0]
 
 
@@ -354,13 +354,12 @@ def clean(value):
 
 def read_query(row, n, langs, texts, label):
     """A row -> Query. ValueError with the reason if there is none in it."""
-    cells = {lang: read_cell(row.get(column)) for lang, column in texts.items()}
-    missing = [lang for lang in langs if not cells[lang]]
+    text = {lang: read_cell(row.get(texts[lang])) for lang in langs}
+    missing = [lang for lang in langs if not text[lang]]
     if missing:
         raise ValueError(f"without a text in {' and '.join(missing)}")
-    text = {lang: cells[lang] for lang in langs}
     query = Query(clean(row.get("id")) or str(n), label, text, row)
-    query.key = normalise(cells["en"] or cells[langs[0]])
+    query.key = normalise(read_cell(row.get(texts["en"])) or text[langs[0]])
     if label == "qa":
         query.answer = clean(row.get("answer"))
         query.choices = read_choices(row)
@@ -407,7 +406,7 @@ def read_choices(row):
     if isinstance(value, str) and value:
         value = json.loads(value)
     if isinstance(value, list):
-        value = dict(zip(LETTERS, value))
+        value = {"text": value}
     if not isinstance(value, dict):
         value = {name[-1]: row[name] for name in row if re.fullmatch(CHOICE, name)}
     if "text" in value:
@@ -422,14 +421,14 @@ def settle_answers(path, queries):
     places = []
     for query in queries:
         answer = query.answer.upper()
-        texts = [text.upper() for text in query.choices.values()][:len(LETTERS)]
+        texts = [text.upper() for text in query.choices.values()]
         readings = [list(query.choices), texts, numbers, numbers[1:]]
         places.append([names.index(answer) if answer in names[:len(texts)] else None
                        for names in readings])
 
     possible = {reading for reading in zip(*places) if None not in reading}
     if queries and len(possible) != 1:
-        bad = [query.id for query, found in zip(queries, places) if found.count(None) == 4]
+        bad = [query.id for query, found in zip(queries, places) if set(found) == {None}]
         raise fail(path, f"its answers have {len(possible)} readings as letters, texts or indices, "
                          f"from 0 or from 1, of their choices; give letters (unread: rows {bad[:3]})")
     for query, place in zip(queries, *possible):
