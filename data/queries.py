@@ -11,7 +11,6 @@ A path is a file, or names a file per language: "en=a.jsonl,bbc=b.jsonl". A file
 A text's language is never guessed.
 """
 import csv
-import functools
 import hashlib
 import io
 import json
@@ -20,6 +19,7 @@ import sys
 import unicodedata
 from collections import ChainMap, Counter
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 from pathlib import Path
 
@@ -82,7 +82,7 @@ def load_queries(path, langs, label=None):
         try:
             row_label = label or read_label(row, label_column)
             queries.append(read_query(row, n, langs, texts, row_label))
-        except (RecursionError, TypeError, ValueError) as reason:
+        except (AttributeError, RecursionError, TypeError, ValueError) as reason:
             skipped[str(reason)[:80]] += 1
     settle_answers(path, [query for query in queries if query.choices])
 
@@ -121,7 +121,7 @@ def fail(path, problem):
     return ValueError("".join(c if c.isprintable() else " " for c in line))
 
 
-@functools.cache
+@cache
 def tell(path, what):
     """A line on stderr, once in a process: a file is loaded for one language after another."""
     print(fail(path, what), file=sys.stderr)
@@ -129,7 +129,7 @@ def tell(path, what):
 
 # --- a file -> rows: {column: cell}
 
-@functools.cache
+@cache
 def parse_file(path, modified, size):
     """A file of any format -> rows, which nobody changes."""
     with open(path, encoding="utf-8-sig", newline="") as f:
@@ -170,21 +170,18 @@ def read_object(pairs):
     return row
 
 
-def find_delimiter(first, ending):
-    """What is between the columns of a table, by its first line and the file's ending."""
-    if ending == ".tsv" or "\t" in first:
-        return "\t"
-    if ending == ".csv" or re.fullmatch(HEADER, first):
-        return max(",;|", key=first.count)
-    return LINES
-
-
 def parse_table(text, ending):
     """CSV, TSV or a query a line -> rows."""
     text = re.sub(r"^sep=.[\r\n]+", "", text)  # Excel's first line
     first = re.match(r"[^\r\n]*", text)[0]
-    delimiter = find_delimiter(first, ending)
-    is_qa = delimiter == "\t" and re.fullmatch(QUESTION_AND_ANSWER, first)
+    if "\t" in first:
+        delimiter = "\t"
+    elif ending == ".csv" or re.fullmatch(HEADER, first):
+        delimiter = max(",;|", key=first.count)
+    else:
+        delimiter = "\t" if ending == ".tsv" else LINES
+
+    is_qa = re.fullmatch(QUESTION_AND_ANSWER, first)
     quoting = csv.QUOTE_NONE if is_qa or delimiter == LINES else csv.QUOTE_MINIMAL
     csv.field_size_limit(1 << 22)  # 128 KiB otherwise: less than a long document
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting,
@@ -213,8 +210,8 @@ def read_parallel(path, langs):
     first, *named = re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
     if first:
         return read_file(path, langs)
-    files = dict(zip(map(str.lower, named[::2]), named[1::2]))
-    if not {lang.lower() for lang in langs} <= set(files) or 2 * len(files) < len(named):
+    files = dict(zip(named[::2], named[1::2]))
+    if not set(langs) <= set(files) or 2 * len(files) < len(named):
         raise fail(path, f"name one file for each of {', '.join(langs)}, and none twice")
 
     parts = [read_file(file, [lang], is_named=True) for lang, file in files.items()]
@@ -402,13 +399,12 @@ def assume_label(path, rows, columns):
 
 def read_choices(row):
     """A question's choices, {name: text}: of the column choices, or of a column each."""
-    value = row.get("choices")
-    if isinstance(value, str) and value:
+    columns = {name[-1]: row[name] for name in row if re.fullmatch(CHOICE, name)}
+    value = row.get("choices") or columns
+    if isinstance(value, str):
         value = json.loads(value)
     if isinstance(value, list):
         value = {"text": value}
-    if not isinstance(value, dict):
-        value = {name[-1]: row[name] for name in row if re.fullmatch(CHOICE, name)}
     if "text" in value:
         value = dict(zip(value.get("label", LETTERS), value["text"]))
     choices = {str(name).upper(): clean(text) for name, text in value.items() if clean(text)}
