@@ -32,7 +32,7 @@ LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>q
 JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
-WORDS = r"(\S+\s+){2}|\D+\s\D+$"  # and no row id as 17, q17 or row 17
+WORDS = r"(?m)^(\S+ +){2}|^[^\d\n]+ [^\d\n]+$"  # and no row id as 17, q17 or row 17
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 NO_TEXT = "lang|language|label|expected_behavior|answer|choices|.*id|unnamed.*"  # columns
 
@@ -250,9 +250,8 @@ def read_file(path, langs, is_named=False):
     if is_named or len(langs) == 1 and BARE in columns:
         move(rows, find_text(path, columns, langs[0]), langs[0])
     elif not find_own(columns, "id"):
-        cells = [clean(row.get("id")) for row in rows]
-        has_words = any(re.match(WORDS, cell) for cell in cells)
-        if has_words or "id" in langs and re.fullmatch(r"\D+", "".join(cells)):
+        ids = "\n".join(clean(row.get("id")) for row in rows)
+        if re.search(WORDS, ids) or "id" in langs and re.fullmatch(r"\s*[^\d\s]\D*", ids):
             move(rows, "id", "id")  # Indonesian, not row ids
     return rows
 
@@ -390,8 +389,7 @@ def assume_label(path, rows, columns):
     """harmful, and says so; with answers a label is asked for."""
     if "answer" in columns:
         raise fail(path, "has answers and no label: say what its rows are, as by --label qa")
-    few = [name for name in columns
-           if name.islower() and len({str(row.get(name)) for row in rows}) <= 3]
+    few = [name for name in columns if len({str(row.get(name)) for row in rows}) <= 3]
     tell(path, "no column label or expected_behavior: every row is taken as harmful; of few "
                f"values, so perhaps a label: {few}")
     return "harmful"
