@@ -424,7 +424,7 @@ def settle_answers(path, queries):
     if queries and len(possible) != 1:
         bad = [query.id for query, found in zip(queries, places) if set(found) == {None}]
         raise fail(path, f"its answers have {len(possible)} readings as letters, texts or indices, "
-                         f"from 0 or from 1, of their choices; give letters (unread: rows {bad[:3]})")
+                         f"from 0 or from 1, of their choices; give letters: unread rows {bad[:3]}")
     for query, place in zip(queries, *possible):
         query.answer = LETTERS[place]
         query.choices = list(query.choices.values())
