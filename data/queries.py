@@ -136,7 +136,7 @@ def parse_file(path, modified, size):
         text = f.read().strip("\r\n")
     if "\0" in text:
         raise ValueError("holds NUL bytes")
-    ending = Path(path).suffix.lower()
+    ending = path.suffix.lower()
     is_json = "json" in ending or re.match(JSON, text)
     rows = parse_json(text) if is_json else parse_table(text, ending)
     if not any(rows):
@@ -208,7 +208,7 @@ def parse_table(text, ending):
 def read_parallel(path, langs):
     """A file, or a file per language -> wide rows."""
     first, *named = re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
-    if first:
+    if first or Path(path).exists():
         return read_file(path, langs)
     files = dict(zip(named[::2], named[1::2]))
     if not set(langs) <= set(files) or 2 * len(files) < len(named):
@@ -236,10 +236,12 @@ def read_file(path, langs, is_named=False):
     is_named: the file was named for its language, langs[0].
     """
     try:
-        found = Path(path).stat()
-        rows = [row.copy() for row in parse_file(path, found.st_mtime_ns, found.st_size)]
+        file = Path(path).expanduser()
+        found = file.stat()
+        rows = [row.copy() for row in parse_file(file, found.st_mtime_ns, found.st_size)]
     except (OSError, RecursionError, ValueError) as e:
-        raise fail(path, f"{e}; give UTF-8 CSV, TSV, JSONL or JSON") from None
+        problem = getattr(e, "strerror", None) or e
+        raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
     if find_columns(rows) == [BARE]:
         rows = read_header(path, rows, langs)
 
@@ -406,6 +408,8 @@ def read_choices(row):
     if "text" in value:
         value = dict(zip(value.get("label", LETTERS), value["text"]))
     choices = {str(name).upper(): clean(text) for name, text in value.items() if clean(text)}
+    if len(choices) > len(LETTERS):
+        raise ValueError(f"more than {len(LETTERS)} choices")
     return choices if len(choices) > 1 else []
 
 

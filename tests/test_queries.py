@@ -309,6 +309,18 @@ def test_each_language_needs_one_file_and_only_one(write):
     assert "twice" in error(f"en={path},en={path}", ["en"])
 
 
+def test_a_tilde_is_the_home_folder(write, monkeypatch, tmp_path):
+    write("a.csv", "en,jv\nhi,hai\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert texts(load_queries("en=~/a.csv", ["en"]), "en") == ["hi"]
+
+
+def test_a_path_that_exists_is_a_path_whatever_it_looks_like(write, monkeypatch, tmp_path):
+    write("en=a.csv", "en,jv\nhi,hai\n")
+    monkeypatch.chdir(tmp_path)
+    assert texts(load_queries("en=a.csv", ["en"]), "en") == ["hi"]
+
+
 # --- no header
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "noextension"])
@@ -435,6 +447,13 @@ def test_choices_are_read_in_every_form_and_0_is_one(write, columns):
     rows = [{"en": "Which?", "answer": answer, **columns} for answer in gold]
     for query, letter in zip(load_queries(write("a.jsonl", rows), ["en"], label="qa"), "BC"):
         assert (query.choices, query.answer) == (["red", "0", "blue"], letter)
+
+
+def test_more_choices_than_letters_are_skipped_and_told(write):
+    rows = [{"en": "Which?", "answer": "x30", "choices": {f"x{i}": f"word {i}" for i in range(40)}},
+            {"en": "Why?", "answer": "B", "choices": ["red", "green"]}]
+    [query] = load_queries(write("choices.jsonl", rows), ["en"], label="qa")
+    assert query.answer == "B"
 
 
 def ask(write, answers, choices=("red", "green", "blue")):
