@@ -47,18 +47,16 @@ def sample_next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=Non
     if temperature == 0:
         return logits.argmax(-1).masked_fill(broken, -1)
     probs = (logits / temperature).softmax(-1)  # (B, V)
-    ids = None
     if top_k or top_p < 1:
-        probs, ids = probs.topk(min(top_k or probs.shape[-1], probs.shape[-1]), dim=-1)  # (B, k)
-        probs = probs / probs.sum(-1, keepdim=True)
-        before = probs.cumsum(-1) - probs  # largest first: the token that crosses p stays
-        probs = probs.masked_fill(before >= top_p, 0.0)
+        V = probs.shape[-1]
+        top, ids = probs.topk(min(top_k or V, V), dim=-1)  # (B, k)
+        top = top / top.sum(-1, keepdim=True)
+        before = top.cumsum(-1) - top  # largest first: the token that crosses p stays
+        top = top.masked_fill(before >= top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter(-1, ids, top)
     # the first of exponential clocks to ring: as multinomial, which would wait for the GPU twice
     noise = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-30)
-    token = (probs / noise).argmax(-1)  # (B,)
-    if ids is not None:
-        token = ids.gather(-1, token[:, None])[:, 0]
-    return token.masked_fill(broken, -1)
+    return (probs / noise).argmax(-1).masked_fill(broken, -1)
 
 
 @torch.no_grad()
