@@ -75,12 +75,11 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
     if not (all(prompts) and 0 <= temperature < math.inf and top_k >= 0 and 0 < top_p <= 1
             and max_new_tokens >= 1):
         raise ValueError("sampling needs a token in every prompt, a finite temperature ≥ 0, "
-                         f"top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1, not {temperature}, "
-                         f"{top_k}, {top_p}, {max_new_tokens}")
+                         "top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1")
     check_ids(model, prompts)
     temperature = 0 if temperature < 1e-4 else temperature  # the logits would overflow
     if vocab_size is not None:
-        vocab_size = max([vocab_size, *(i + 1 for i in stop_ids)])
+        vocab_size = max(vocab_size, max(stop_ids, default=0) + 1)
     responses = [[] for _ in prompts]
     logprobs = [[] for _ in prompts]
     slots = max(map(len, prompts), default=0) + max_new_tokens
@@ -100,12 +99,17 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
                 logits = decoder.logits.float()  # (B, V)
                 token = sample_next_token(logits[:, :vocab_size], temperature, top_k, top_p,
                                           generator)  # (B,)
-                for i, t in zip(rows, list_ids(token)):
+                drawn = token.tolist()  # the one transfer of a step
+                if min(drawn) < 0:
+                    raise UserError("the model's logits are not finite: its weights are broken, or "
+                                    "its dtype is too narrow (try --dtype float32)")
+                logp = drawn  # where nobody asks
+                if return_logprobs:
+                    logp = (logits / (temperature or 1.0)).log_softmax(-1)  # (B, V)
+                    logp = logp[range(len(rows)), token].tolist()
+                for i, t, lp in zip(rows, drawn, logp):
                     if i in alive:
                         responses[i].append(t)
-                if return_logprobs:
-                    logp = (logits / (temperature or 1.0)).log_softmax(-1)
-                    for i, lp in zip(rows, logp.gather(-1, token[:, None])[:, 0].tolist()):
                         logprobs[i].append(lp)
 
                 alive = [i for i in alive if responses[i][-1] not in stop_ids
@@ -117,18 +121,7 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
                     rows = alive
                 if alive:
                     decoder.step(token)
-    if return_logprobs:
-        return responses, [lps[:len(r)] for lps, r in zip(logprobs, responses)]
-    return responses
-
-
-def list_ids(token):
-    """Drawn ids (B,) as a list: the one transfer of a step. Raises UserError for −1."""
-    ids = token.tolist()
-    if min(ids) < 0:
-        raise UserError("the model's logits are not finite: its weights are broken, or its dtype "
-                        "is too narrow (try --dtype float32)")
-    return ids
+    return (responses, logprobs) if return_logprobs else responses
 
 
 @contextlib.contextmanager
