@@ -111,7 +111,6 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
                     if i in alive:
                         responses[i].append(t)
                         logprobs[i].append(lp)
-
                 alive = [i for i in alive if responses[i][-1] not in stop_ids
                          and len(responses[i]) < max_new_tokens]
                 if 0 < 2 * len(alive) <= len(rows):  # the others go on in a smaller batch
@@ -226,29 +225,26 @@ class RaggedDecoder:
 
 
 class RowDecoder:
-    """A single row with the cache that its model makes itself (recurrent, hybrid, windowed); what
-    makes none reads the row again for each token."""
+    """A single row with the cache that its model makes itself (recurrent, hybrid, windowed);
+    without one, as past a rope's limit, the row is read again for each token."""
 
     def __init__(self, model, prompts, slots):
         self.model = model
-        is_long = find_rope(model).get("rope_type") == "longrope"
-        self.limit = find_rope_limit(model) if is_long else math.inf
+        # past its limit a rope turns for all tokens, those in a cache too
+        self.keeps = slots <= find_rope_limit(model)
         self.cache = {}
         self.ids = torch.tensor([[]], dtype=torch.long, device=model.device)
         self.step(torch.tensor(prompts[0], device=model.device))
 
     def step(self, token):
         """Read more tokens (T,)."""
-        read = self.ids.shape[1]
         self.ids = torch.cat([self.ids, token[None]], 1)  # (1, all tokens)
-        if read <= self.limit < self.ids.shape[1]:
-            self.cache = {}  # positions turn here for all tokens: read them again
         at = torch.arange(self.ids.shape[1], device=token.device)[None]
         new = -len(token) if self.cache else 0
-        out = self.model(input_ids=self.ids[:, new:], position_ids=at[:, new:], use_cache=True,
-                         **self.cache)
-        states = {name: out.get(name) for name in ("past_key_values", "cache_params", "state")}
-        self.cache = {name: state for name, state in states.items() if state is not None}
+        out = self.model(input_ids=self.ids[:, new:], position_ids=at[:, new:],
+                         use_cache=self.keeps, **self.cache)
+        names = ("past_key_values", "cache_params", "state")
+        self.cache = {name: out[name] for name in names if name in out}
         self.logits = out.logits[:, -1]  # (1, V)
 
 
