@@ -405,18 +405,15 @@ def find_rope(model):
 
 # --- prompts ---
 
-PLAIN_TEMPLATE = "User: {}\nAssistant:"  # for models without a chat template
-
-
 def encode_chat(tokenizer, text, system=None):
     """The ids of one user turn and the header of the answer: what a model is prompted with. Models
-    without a chat template get PLAIN_TEMPLATE and the tokenizer's own BOS. Raises UserError."""
-    system = [("system", system)] if system else []
+    without a chat template get a plain one and the tokenizer's own BOS. Raises UserError."""
     if tokenizer.chat_template:
-        return encode_turns(tokenizer, [*system, ("user", text)])
+        turns = [("system", system), ("user", text)]
+        return encode_turns(tokenizer, turns if system else turns[1:])
     tell("note: the model has no chat template: it is asked as 'User: … Assistant:'")
-    turns = [turn for _, turn in system] + [PLAIN_TEMPLATE.format(break_special(tokenizer, text))]
-    ids = tokenizer("\n\n".join(turns)).input_ids
+    header = f"{system}\n\n" if system else ""
+    ids = tokenizer(f"{header}User: {break_special(tokenizer, text)}\nAssistant:").input_ids
     return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # that it adds by itself
 
 
