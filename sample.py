@@ -660,6 +660,14 @@ def need(package, purpose):
         raise UserError(f"to {purpose}, pip install {package}") from None
 
 
+def check_weights(name, missing, extra):
+    """Weights that a file lacks are an error, and those that have no place are told."""
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights, as {max(missing)}")
+    if extra:
+        tell(f"warning: {len(extra)} weights of {name} have no place, as {max(extra)}")
+
+
 def load_model(name, device, dtype):
     """(model in eval mode, tokenizer) from a local folder or a Hugging Face id; an adapter loads
     with its base. Reads safetensors only, never runs a model's own code. Raises UserError."""
@@ -671,14 +679,12 @@ def load_model(name, device, dtype):
         base = name
         revision = "main"
         adapter = find("adapter_config.json")
-        if not adapter and not find("config.json"):
-            raise ValueError("no folder of that name holds a model, and the hub gave none")
         if adapter:
             peft = need("peft", "load a LoRA adapter")
-            config = json.loads(Path(adapter).read_text(encoding="utf-8"))
-            base = config["base_model_name_or_path"]
-            revision = config.get("revision") or "main"
-            if "num_virtual_tokens" in config or find("adapter_config.json", base, revision):
+            config = peft.PeftConfig.from_pretrained(name)
+            base = config.base_model_name_or_path
+            revision = config.revision or "main"
+            if config.is_prompt_learning or find("adapter_config.json", base, revision):
                 raise ValueError("an adapter of virtual tokens, or on top of another, is not read: "
                                  "merge the other into its base first")
         home = name if find("tokenizer_config.json") else base
@@ -690,18 +696,11 @@ def load_model(name, device, dtype):
         model, report = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, use_safetensors=True, trust_remote_code=False, revision=revision,
             output_loading_info=True)
-        if report["unexpected_keys"]:
-            tell(f"note: {base} holds weights that a causal model has no use for, as "
-                 f"{min(report['unexpected_keys'])}")
-        if missing := sorted(report["missing_keys"]):
-            raise ValueError(f"it lacks {len(missing)} weights, as {', '.join(missing[:3])}")
+        check_weights(base, report["missing_keys"], report["unexpected_keys"])
         if adapter:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("error", message=".*missing adapter keys")
-                model = peft.PeftModel.from_pretrained(model, name)
-            state = peft.get_peft_model_state_dict(model, save_embedding_layers=True)
-            if extra := sorted(peft.utils.load_peft_weights(name).keys() - state.keys()):
-                tell(f"warning: {len(extra)} weights of {name} have no place, as {extra[0]}")
+            model = peft.get_peft_model(model, config)
+            report = model.load_adapter(name, "default")
+            check_weights(name, report.missing_keys, report.unexpected_keys)
     except UserError:
         raise
     except Exception as e:
