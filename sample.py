@@ -267,9 +267,9 @@ def decodes_ragged(model, slots, known=weakref.WeakKeyDictionary()):
 def try_ragged(model):
     """Two ragged rows, decoded for two tokens together, against the logits of a forward pass."""
     i = model.config.get_text_config().vocab_size // 2  # no special token
-    prompts = [[i, i + 1, i + 2], [i + 3, i + 4, i + 5, i + 6, i + 7]]
+    prompts = [[i, i + 1, i + 2], [*range(i + 3, i + 8)]]
     token = torch.tensor([i + 8, i + 8], device=model.device)
-    expected = response_logits(model, prompts, [[i + 8] * 3, [i + 8] * 3])  # (6, V)
+    expected = response_logits(model, prompts, [[i + 8] * 3] * 2)  # (6, V)
     try:
         decoder = RaggedDecoder(model, prompts, slots=8)
         steps = [decoder.logits]
@@ -307,9 +307,11 @@ def cut_by_length(model, rows):
     so little is padding. Where positions depend on the longest row: each alone."""
     alone = max(map(len, rows)) > find_rope_limit(model)
     batches = []
+    most = 0  # tokens of a row of the last batch
     for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        if alone or not batches or len(rows[i]) > 1.25 * len(rows[batches[-1][0]]) + 8:
+        if alone or len(rows[i]) > most:
             batches.append([])
+            most = 1.25 * len(rows[i]) + 8
         batches[-1].append(i)
     return batches
 
@@ -338,9 +340,8 @@ def response_hidden(model, prompts, responses):
     shifted = [None] * len(rows)
     for batch in cut_by_length(model, rows):
         hidden, head = read_rows(model, [rows[i] for i in batch])  # (B, all tokens, H)
-        for i, states in zip(batch, hidden):
-            start = len(prompts[i]) - 1  # what is read at i − 1 predicts i
-            shifted[i] = states[start:start + len(responses[i])]
+        for i, states in zip(batch, hidden):  # what is read at t − 1 predicts t
+            shifted[i] = states[len(prompts[i]) - 1:len(rows[i]) - 1]
     return pad_sequence(shifted, batch_first=True), head
 
 
