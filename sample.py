@@ -563,25 +563,23 @@ class Parser(argparse.ArgumentParser):
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         warnings.filterwarnings("ignore", category=FutureWarning)
-        quiet = contextlib.ExitStack()
-        if RANK:
-            nothing = quiet.enter_context(open(os.devnull, "w"))
-            quiet.enter_context(contextlib.redirect_stdout(nothing))
-            quiet.enter_context(contextlib.redirect_stderr(nothing))
+        out = open(os.devnull, "w") if RANK else sys.stdout
+        err = out if RANK else sys.stderr
         try:
-            with quiet:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 main(self.parse_args(argv))
         except UserError as e:
             self.error(e)
         except KeyboardInterrupt:
             self.exit(130, f"\n{self.prog}: interrupted\n")
         except RuntimeError as e:
-            if isinstance(e, dist.DistError) or "gloo" in str(e):
+            kind = f"{type(e).__name__}: {e}"
+            if re.search("^Dist|gloo", kind):
                 self.error(f"another process ended: {e}")
-            if not isinstance(e, torch.OutOfMemoryError) and "DefaultCPUAllocator" not in str(e):
-                raise
-            self.error("out of memory: lower --batch-size, --micro-batch-size or "
-                       "--max-new-tokens, or train a --lora-rank")
+            if re.search("^OutOfMemory|DefaultCPUAllocator", kind):
+                self.error("out of memory: lower --batch-size, --micro-batch-size or "
+                           "--max-new-tokens, or train a --lora-rank")
+            raise
         except BrokenPipeError:  # as in `… | head`; nor may what is buffered fail at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
