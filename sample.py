@@ -233,15 +233,16 @@ class RowDecoder:
         # past its limit a rope turns for all tokens, those in a cache too
         self.keeps = slots <= find_rope_limit(model)
         self.cache = {}
-        self.ids = torch.tensor([[]], dtype=torch.long, device=model.device)
+        self.tokens = []
         self.step(torch.tensor(prompts[0], device=model.device))
 
     def step(self, token):
         """Read more tokens (T,)."""
-        self.ids = torch.cat([self.ids, token[None]], 1)  # (1, all tokens)
-        at = torch.arange(self.ids.shape[1], device=token.device)[None]
+        self.tokens.append(token)
+        ids = torch.cat(self.tokens)[None]  # (1, all tokens)
+        at = torch.arange(ids.shape[1], device=token.device)[None]
         new = -len(token) if self.cache else 0
-        out = self.model(input_ids=self.ids[:, new:], position_ids=at[:, new:],
+        out = self.model(input_ids=ids[:, new:], position_ids=at[:, new:],
                          use_cache=self.keeps, **self.cache)
         names = ("past_key_values", "cache_params", "state")
         self.cache = {name: out[name] for name in names if name in out}
