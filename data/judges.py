@@ -181,12 +181,10 @@ def keyword_verdict(response, query_text, phrases):
 
 def find_judge_format(judge):
     """The format that a judge's name says. Raises ValueError, a line."""
-    for part in reversed(Path(judge).parts):  # its own name says more than its folder's
-        name = re.sub("[^a-z0-9]", "", part.lower())
-        for known in JUDGES:
-            if known in name:
-                return known
-    raise ValueError(f"--judge {judge}: give --judge-format, one of {', '.join(JUDGES)}")
+    found = re.findall("|".join(JUDGES), re.sub("[^a-z0-9]", "", judge.lower()))
+    if not found:
+        raise ValueError(f"--judge {judge}: give --judge-format, one of {', '.join(JUDGES)}")
+    return found[-1]  # its own name says more than its folder's
 
 
 def write_judge_turns(form, item):
