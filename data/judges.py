@@ -114,23 +114,17 @@ def find_phrases(lang, refusals):
 
 def is_loop(letters, n=6, window=200):
     """Whether half of the n-grams of letters stand in the `window` letters before them as well."""
-    count = len(letters) - n + 1
-    repeats = 0
-    for i in range(count):
-        before = letters[max(0, i - window):i + n - 1]
-        repeats += letters[i:i + n] in before
-    return count > 4 and repeats >= count / 2
+    starts = range(len(letters) - n + 1)
+    repeats = [letters[i:i + n] in letters[max(0, i - window):i + n - 1] for i in starts]
+    return len(starts) > 4 and sum(repeats) >= len(starts) / 2
 
 
 def is_echo(letters, query):
     """Whether an answer is the query over again, once or more, give or take a tenth."""
-    if not query or len(letters) < 0.8 * len(query):
-        return False
-    if len(letters.replace(query, "")) <= 0.1 * len(query):
+    if query in letters and len(letters.replace(query, "")) <= 0.1 * len(query):
         return True
-    if len(letters) > 1.3 * len(query):
-        return False
-    return SequenceMatcher(None, letters, query, autojunk=False).ratio() > 0.9
+    match = SequenceMatcher(None, letters, query, autojunk=False)
+    return match.real_quick_ratio() > 0.9 and match.ratio() > 0.9
 
 
 def is_no_answer(answer, query_text):
