@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find_phrases,
-                         is_correct, judge_item, load_refusals, parse_judgement, strip_thought,
-                         write_judge_turns)
+                         is_correct, judge_item, load_refusals, parse_judgement, read_json,
+                         strip_thought, write_judge_turns)
 from data.queries import load_queries
 from data.queries import split as split_queries
 from sample import (Parser, UserError, add_model_flags, encode_chat, encode_turns,
@@ -329,7 +329,7 @@ def find_kept(args):
     files = [args.rejudge, *filter(os.path.exists, name_items(stem)[1:])]
     rows = []
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        found = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
+        found = read_json(f"{stem}.json")
         args.model, args.base = str(found["config"]["model"]), found["config"]["base"]
         if not args.base:  # what lies there is an earlier command's
             files = files[:1]
@@ -463,7 +463,7 @@ def main(args):
     path = Path(args.model, "args.json")
     with told_in_a_line(path):
         if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = read_json(path)
             run.update(found if "source_lang" in found else {})  # else another program's
         trained = split_langs(run["lang"])
     if args.holdout is None:
