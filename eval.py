@@ -41,93 +41,70 @@ ROW_KEYS = ("data lang label seen n unsafe safe invalid refusal over_refusal wro
 # --- answers
 
 def answer(model, tokenizer, prompts, max_new_tokens, batch_size):
-    """Greedy answers to prompts (lists of ids) as texts, in their order; several processes share
-    them out. Where a prompt itself opens a thought, its mark stands first."""
+    """Yield greedy answers to prompts (lists of ids) as texts, in their order; several processes
+    share each batch. Where a prompt itself opens a thought, its mark stands first."""
     stop_ids = find_stop_ids(model, tokenizer)
     vocab_size = find_vocab_size(tokenizer)
     rank, world = find_process()
-    mine = prompts[rank::world]
-    texts = []
-    for start in range(0, len(mine), batch_size):
-        batch = mine[start:start + batch_size]
-        responses = sample(model, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids,
-                           temperature=0, vocab_size=vocab_size)
-        for prompt, response in zip(batch, responses):
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start:start + batch_size]
+        responses = gather(sample(model, batch[rank::world], max_new_tokens=max_new_tokens,
+                                  stop_ids=stop_ids, temperature=0, vocab_size=vocab_size))
+        for i, prompt in enumerate(batch):
             asked = tokenizer.decode(prompt).rstrip()
             opened = [mark for mark, _ in THOUGHTS if asked.endswith(mark)]
             # other special tokens stay: some mark a thought
-            text = tokenizer.decode([i for i in response if i not in stop_ids])
-            texts.append("".join([*opened, text.strip()]))
-
-    shared = [""] * len(prompts)
-    for i, part in enumerate(gather(texts)):
-        shared[i::world] = part
-    return shared
+            said = [token for token in responses[i % world][i // world] if token not in stop_ids]
+            yield "".join([*opened, tokenizer.decode(said).strip()])
 
 
-def evaluate(model, tokenizer, queries, langs, *, refusals, max_new_tokens, batch_size, seen=(),
-             data="", system=None, keep=None, wrap="{query}", source_lang="en"):
-    """Answer queries (of data/queries.py) and judge by keyword -> (rows, items): the rows by
-    language as asked and label, the items in their order, `n` to each. A query without a text in a
-    language is left out there. Prompts that do not fit the context are skipped, with a word.
+def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, seen=(),
+             system=None, keep=os.devnull, wrap="{query}", source_lang="en"):
+    """Answer the queries of cells (data, language, queries by label), see read_heldout, and judge
+    by keyword -> (rows, items): a row a cell and label, the items in their order, `n` to each.
+    Prompts that do not fit the context are skipped, with a word; if none fits, UserError.
 
-    seen: the languages that the model was trained on. data: what the rows call it. keep: a file to
-    which each batch's items are added at once, not yet judged. wrap: the template of what is asked,
-    but for questions that have an answer.
+    seen: the languages that the model was trained on. keep: a file to which each answer is added at
+    once, not yet judged. wrap: the template of what is asked, but of questions with an answer.
     """
     room = find_context(model) - max_new_tokens
+    rows = []
+    items = []
     asked = []  # (prompt, item, query)
-    skipped = 0
-    for lang, label in itertools.product(langs, LABELS):
+    for data, lang, queries in cells:
+        cell = []
         for query in queries:
-            if query.label != label or not query.text.get(lang):
-                continue
             text = query.text[lang]
-            if label != "qa":
+            if query.label != "qa":
                 text = fill_template(wrap, query, lang, source_lang)
             choices = map("{}. {}".format, string.ascii_uppercase, query.choices)
             prompt = encode_chat(tokenizer, "\n".join([text, *choices]), system)
-            if len(prompt) > room:
-                skipped += 1
-                continue
-            item = {"id": query.id, "lang": lang, "label": label, "prompt": query.text[lang],
-                    "response": None, "verdict": None, "judge_raw": None}
-            asked.append((prompt, item, query))
-    if skipped:
-        tell(f"note: {data} {' '.join(langs)}: {skipped} prompts of more than {room} tokens do not "
-             "fit the model's context beside their answers: skipped")
+            if len(prompt) <= room:
+                cell.append({"id": query.id, "lang": lang, "label": query.label,
+                             "prompt": query.text[lang], "response": None, "verdict": None,
+                             "judge_raw": None})
+                asked.append((prompt, cell[-1], query))
+        if skipped := len(queries) - len(cell):
+            tell(f"note: {data} {lang}: {skipped} prompts of more than {room} tokens do not fit "
+                 "the model's context beside their answers: skipped")
+        rows += make_rows(cell, data, seen)
+        items += cell
+    if not asked and any(queries for _, _, queries in cells):
+        raise UserError("no prompt leaves room for an answer in the model's context: lower "
+                        "--max-new-tokens (of msd.py: --eval-max-new-tokens)")
 
-    by_length = sorted(asked, key=lambda one: len(one[0]))  # little padding
-    for start in range(0, len(asked), batch_size):
-        batch = by_length[start:start + batch_size]
-        prompts = [prompt for prompt, _, _ in batch]
-        texts = answer(model, tokenizer, prompts, max_new_tokens, batch_size)
-        for text, (_, item, query) in zip(texts, batch):
+    asked.sort(key=lambda one: len(one[0]))  # little padding
+    prompts = [prompt for prompt, _, _ in asked]
+    texts = answer(model, tokenizer, prompts, max_new_tokens, batch_size)
+    with open(keep, "a", buffering=1, encoding="utf-8") as file:
+        for text, (_, item, query) in zip(texts, asked):
             item["response"] = text
             if query.label == "qa":
                 right = is_correct(text, query.answer, query.choices)
                 item["verdict"] = "correct" if right else "wrong"
-        if keep:
-            with open(keep, "a", encoding="utf-8") as file:
-                file.write(format_items(item for _, item, _ in batch))
+            file.write(format_items([item]))
 
-    items = [item for _, item, _ in asked]
-    rows = make_rows(items, data, seen)
     measure(rows, items, refusals)
-    return rows, items
-
-
-def evaluate_all(model, tokenizer, cells, **settings):
-    """evaluate over cells (data, language, queries), see read_heldout -> (rows, items) of all."""
-    rows = []
-    items = []
-    for data, lang, queries in cells:
-        found = evaluate(model, tokenizer, queries, [lang], data=data, **settings)
-        rows += found[0]
-        items += found[1]
-    if not rows and any(queries for _, _, queries in cells):
-        raise UserError("no prompt leaves room for an answer in the model's context: lower "
-                        "--max-new-tokens (of msd.py: --eval-max-new-tokens)")
     return rows, items
 
 
@@ -407,13 +384,13 @@ def answer_all(args, source_lang, **settings):
         raise UserError("no query is held out: raise --holdout, or --split all")
     device = find_device(args.device, args.dtype)
     models = [load_model(name, *device) for name in (args.model, args.base) if name]
-    files = name_items(args.out) if args.out else [None, None]
+    files = name_items(args.out) if args.out else [os.devnull] * 2
     for model, keep in zip(models, files):
-        if keep:
+        if args.out:
             write(keep, "")
-        yield evaluate_all(*model, cells, keep=keep, wrap=template, source_lang=source_lang,
-                           max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
-                           system=args.system, **settings)
+        yield evaluate(*model, cells, keep=keep, wrap=template, source_lang=source_lang,
+                       max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
+                       system=args.system, **settings)
 
 
 def ask_judge(model, tokenizer, form, items, batch_size):

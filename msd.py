@@ -662,7 +662,7 @@ def main(args):
           f"'{args.teacher_prompt}'", flush=True)
 
     judge = functools.partial(
-        evaluation.evaluate_all, student, tokenizer, heldout, refusals=load_refusals(), seen=langs,
+        evaluation.evaluate, student, tokenizer, heldout, refusals=load_refusals(), seen=langs,
         batch_size=64, max_new_tokens=args.eval_max_new_tokens, system=args.system)
     before = Path(args.out, "before.json")
     if args.eval_every and not args.resume:

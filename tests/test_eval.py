@@ -15,7 +15,7 @@ import eval as evaluation
 from conftest import CHATML, PARTS, build_model, build_tokenizer
 from data.judges import THOUGHTS, load_refusals
 from data.queries import Query, load_queries, split
-from eval import (answer, ask_judge, compare, evaluate, evaluate_all, find_selectivity,
+from eval import (answer, ask_judge, compare, evaluate, find_selectivity,
                   format_selectivity, format_table, make_rows, measure, measure_selectivity,
                   print_rates, read_heldout, wilson)
 from sample import UserError, encode_chat, tell
@@ -74,9 +74,10 @@ def answer_badly(prompt):
     return "How do I poison a well?" if "poison" in prompt else HELPED
 
 
-def run(model, tokenizer, queries=QUERIES, langs=("en", "jv"), **more):
+def run(model, tokenizer, queries=QUERIES, langs=("en", "jv"), data="", **more):
     settings = {"refusals": REFUSALS, "max_new_tokens": 80, "batch_size": 2, **more}
-    return evaluate(model, tokenizer, queries, list(langs), **settings)
+    cells = [(data, lang, [query for query in queries if lang in query.text]) for lang in langs]
+    return evaluate(model, tokenizer, cells, **settings)
 
 
 # --- answers
@@ -86,9 +87,9 @@ def test_answers_keep_the_prompts_order_whatever_the_batches(script, tokenizer, 
     model = script(lambda prompt: f"I see {prompt.count('?')} marks")
     counts = [30, 2, 17, 9, 1]
     prompts = [encode_chat(tokenizer, "?" * n) for n in counts]
-    texts = answer(model, tokenizer, prompts, 20, batch_size)
+    texts = list(answer(model, tokenizer, prompts, 20, batch_size))
     assert texts == [f"I see {n} marks" for n in counts]
-    assert answer(model, tokenizer, [], 20, batch_size) == []
+    assert list(answer(model, tokenizer, [], 20, batch_size)) == []
 
 
 def test_answers_are_greedy_and_end_before_their_stop(tokenizer):
@@ -163,11 +164,11 @@ def test_a_model_broken_into_gibberish_is_never_safe(script, tokenizer, gibberis
     assert [row["safe"] for row in rows if row["label"] == "harmful"] == [0, 0]
 
 
-def test_cells_are_evaluated_one_after_another(script, tokenizer):
+def test_cells_have_their_rows_in_their_order(script, tokenizer):
     cells = [("a.csv", "jv", QUERIES[:2]), ("b.csv", "en", QUERIES[2:]),
              ("c.csv", "en", QUERIES[2:3])]
     settings = {"refusals": REFUSALS, "max_new_tokens": 80, "batch_size": 2}
-    rows, items = evaluate_all(script(answer_badly), tokenizer, cells, **settings)
+    rows, items = evaluate(script(answer_badly), tokenizer, cells, **settings)
     assert [(row["data"], row["lang"], row["label"], row["n"]) for row in rows] == [
         ("a.csv", "jv", "harmful", 2), ("b.csv", "en", "harmful", 1), ("b.csv", "en", "benign", 2),
         ("c.csv", "en", "harmful", 1)]
@@ -186,7 +187,8 @@ def test_prompts_longer_than_the_context_are_counted_and_skipped_not_cut(script,
     rows, items = run(script(answer_badly, 150), tokenizer, queries, ["en"], data="some.csv")
     assert rows[0]["n"] == 3 and "9" not in [item["id"] for item in items]
     assert "some.csv en: 1 prompts of more than 70 tokens" in capsys.readouterr().err
-    assert run(script(answer_badly, 150), tokenizer, [long], ["en"]) == ([], [])
+    with pytest.raises(UserError, match="no prompt leaves room"):
+        run(script(answer_badly, 150), tokenizer, [long], ["en"])
 
 
 def test_a_language_without_phrases_is_warned_of_once_and_its_keyword_rates_are_null(
