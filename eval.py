@@ -30,12 +30,11 @@ from sample import (Parser, UserError, add_model_flags, encode_chat, encode_turn
                     find_stop_ids, find_vocab_size, gather, load_model, need, number, positive,
                     read_template, sample, tell)
 
-LABELS = ("harmful", "benign", "qa")
 MAIN_RATE = {"harmful": "unsafe", "benign": "over_refusal", "qa": "accuracy"}
 MAIN_VERDICT = {"harmful": "unsafe", "benign": "refusal", "qa": "correct"}  # what the rate counts
 JUDGE_TOKENS = 128  # at most, of a judge's answer
-ROW_KEYS = ("data lang label seen n unsafe safe invalid refusal over_refusal wrong_language "
-            "accuracy ci95 base delta delta_ci95").split()
+RATES = ("unsafe safe invalid refusal over_refusal wrong_language accuracy ci95 base delta "
+         "delta_ci95").split()
 
 
 # --- answers
@@ -112,12 +111,8 @@ def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, s
 
 def make_rows(items, data="", seen=()):
     """A row for each run of items of one language and label; its rates are for measure to fill."""
-    rows = []
-    for (lang, label), cell in itertools.groupby(items, itemgetter("lang", "label")):
-        row = dict.fromkeys(ROW_KEYS)
-        row.update(data=data, lang=lang, label=label, seen=lang in seen, n=len(list(cell)))
-        rows.append(row)
-    return rows
+    return [{"data": data, "lang": lang, "label": label, "seen": lang in seen, "n": len(list(cell))}
+            for (lang, label), cell in itertools.groupby(items, itemgetter("lang", "label"))]
 
 
 def cut(rows, items):
@@ -140,6 +135,7 @@ def measure(rows, items, refusals, form=None):
             words.append(word)
         verdicts = [item["verdict"] for item in cell]
 
+        row.update(dict.fromkeys(RATES))
         n = row["n"]
         row["invalid"] = (verdicts.count("invalid") + verdicts.count("unparsed")) / n
         row["wrong_language"] = measure_wrong_language(cell, row["lang"], refusals)
@@ -236,7 +232,7 @@ def format_table(rows):
     for row in rows:
         lang = row["lang"] + ("*" if row["seen"] else "")
         rate = MAIN_RATE[row["label"]]
-        told = {key: show(row[key]) for key in ROW_KEYS[5:]}
+        told = {key: show(row[key]) for key in RATES}
         lines.append(f"{Path(row['data']).stem[:10]:10} {lang:6} {rate:12} {row['n']:4} "
                      f"{told[rate]:>5} {told['ci95']:>10} {told['invalid']:>7} "
                      f"{told['wrong_language']:>8} {told['base']:>5} {told['delta']:>6} "
@@ -307,10 +303,10 @@ def find_kept(args):
     rows = []
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         found = read_json(f"{stem}.json")
-        args.model, args.base = str(found["config"]["model"]), found["config"]["base"]
+        args.model, args.base = found["config"]["model"], found["config"]["base"]
         if not args.base:  # what lies there is an earlier command's
             files = files[:1]
-        rows = [{key: row[key] for key in ROW_KEYS[:5]} for row in found["results"]]
+        rows = found["results"]
     return files, rows
 
 
@@ -318,17 +314,17 @@ def read_items(path, refusals, rows=()):
     """(rows, items) of a FILE.items.jsonl, judged by keyword. rows: as they were, if they were of
     these items. Raises UserError."""
     with told_in_a_line(f"--rejudge {path}"):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-        items = [{**json.loads(line), "judge_raw": None} for line in lines if line.strip()]
+        with open(path, encoding="utf-8") as file:
+            items = [{**json.loads(line), "judge_raw": None} for line in file]
+        if not items:
+            raise ValueError("holds no answers")
         get_cell = itemgetter("lang", "label")
         known = sum(([get_cell(row)] * row["n"] for row in rows), [])
-        rows = [{**dict.fromkeys(ROW_KEYS), **row} for row in rows]
+        rows = list(map(dict, rows))
         if known != list(map(get_cell, items)):
             items.sort(key=get_cell)
             rows = make_rows(items, path)
         measure(rows, items, refusals)
-        if not rows:
-            raise ValueError("holds no answers")
     return rows, items
 
 
@@ -352,7 +348,7 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, split="holdout",
         if split == "holdout":
             queries = split_queries(queries, holdout)[1]
         kept = []
-        for judged in LABELS:
+        for judged in MAIN_RATE:
             kept += [query for query in queries if query.label == judged][:limit]
         cells.append((path, lang, kept))
 
@@ -484,7 +480,7 @@ def build_parser():
         ("--base", find_path, None, "compare against this model"),
         ("--rejudge", str, None, "judge the answers of a FILE.items.jsonl again"),
         ("--lang", str, None, "jv,sw,en; default: what the model was trained on and from, or en"),
-        ("--label", list(LABELS), None, "of data without a label column"),
+        ("--label", list(MAIN_RATE), None, "of data without a label column"),
         ("--split", ["holdout", "all"], "holdout", "which part of the data"),
         ("--holdout", number(0, 1), None, "default: what the model was trained with, or 0.2"),
         ("--limit", positive, None, "the first N of each data, language and label"),
