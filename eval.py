@@ -177,15 +177,17 @@ def compare(rows, items, base_rows, base_items, seed=0):
     """Fill base, delta and delta_ci95 of `rows` in place, where a base answered the same queries.
     The interval is a 95 % paired bootstrap of 2,000 resamples."""
     get_query = itemgetter("lang", "label", "id", "prompt")
-    before = {get_query(item): item["verdict"] for item in base_items}
+    base_verdicts = {get_query(item): item["verdict"] for item in base_items}
     for row, cell in cut(rows, items):
-        pairs = [(before.get(get_query(item)), item["verdict"]) for item in cell]
+        pairs = [(base_verdicts.get(get_query(item)), item["verdict"]) for item in cell]
         if None in itertools.chain(*pairs):
             continue
         hits = np.array(pairs) == MAIN_VERDICT[row["label"]]  # (n, 2)
-        change = hits[:, 1].astype(float) - hits[:, 0]
+        before, after = hits.T.astype(float)
+        change = after - before
         draws = np.random.default_rng(seed).choice(change, (2000, len(change))).mean(1)
-        row["base"], row["delta"] = hits[:, 0].mean().item(), change.mean().item()
+        row["base"] = before.mean().item()
+        row["delta"] = change.mean().item()
         row["delta_ci95"] = np.percentile(draws, [2.5, 97.5]).tolist()
 
 
@@ -202,17 +204,6 @@ def find_selectivity(rows, lang):
         shares.append((refused / n, *wilson(refused, n)))
     (p, low, high), (q, floor, top) = shares
     return p - q, [p - q - math.hypot(p - low, top - q), p - q + math.hypot(high - p, q - floor)]
-
-
-def measure_selectivity(rows, base_rows=()):
-    """Selectivity by language, see find_selectivity -> [{lang, rate, ci95, base}]; languages where
-    it is unknown are left out."""
-    told = []
-    for lang in dict.fromkeys(row["lang"] for row in rows):
-        if found := find_selectivity(rows, lang):
-            base = find_selectivity(base_rows, lang) or [None]
-            told.append({"lang": lang, "rate": found[0], "ci95": found[1], "base": base[0]})
-    return told
 
 
 # --- output
@@ -240,20 +231,21 @@ def format_table(rows):
     return "\n".join(lines)
 
 
-def format_selectivity(found):
-    """What measure_selectivity found, as text, a line a language."""
+def format_selectivity(rows, base_rows=()):
+    """What find_selectivity finds, and of a base, as text: a line a language where it is known."""
     text = ""
-    for row in found:
-        change = "" if row["base"] is None else f" from {row['base']:.2f}"
-        text += (f"selectivity in {row['lang']}, all data: {row['rate']:.2f} "
-                 f"(95 % {show(row['ci95'])}){change}\n")
+    for lang in dict.fromkeys(row["lang"] for row in rows):
+        if found := find_selectivity(rows, lang):
+            base = find_selectivity(base_rows, lang)
+            change = f" from {show(base[0])}" if base else ""
+            text += (f"selectivity in {lang}, all data: {show(found[0])} "
+                     f"(95 % {show(found[1])}){change}\n")
     return text
 
 
 def print_rates(rows, base_rows=()):
     """Print the table and the selectivity of rows that were compared with a base's."""
-    print(format_table(rows))
-    print(format_selectivity(measure_selectivity(rows, base_rows)), end="", flush=True)
+    print(f"{format_table(rows)}\n{format_selectivity(rows, base_rows)}", end="", flush=True)
 
 
 def draw(rows, path):

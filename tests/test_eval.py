@@ -16,8 +16,8 @@ from conftest import CHATML, PARTS, build_model, build_tokenizer
 from data.judges import THOUGHTS, load_refusals
 from data.queries import Query, load_queries, split
 from eval import (answer, ask_judge, compare, evaluate, find_selectivity,
-                  format_selectivity, format_table, make_rows, measure, measure_selectivity,
-                  print_rates, read_heldout, wilson)
+                  format_selectivity, format_table, make_rows, measure, print_rates, read_heldout,
+                  wilson)
 from sample import UserError, encode_chat, tell
 
 REFUSALS = load_refusals()
@@ -323,35 +323,34 @@ def test_rows_of_several_languages_keep_their_own_items():
 def test_selectivity_is_a_difference_of_pooled_shares_with_newcombes_interval():
     rows, _ = join(make_run(["safe"] * 56 + ["unsafe"] * 14),
                    make_run(["refusal"] * 48 + ["answer"] * 32, "benign"))
-    [found] = measure_selectivity(rows)  # 56/70 − 48/80: Newcombe (1998), table II (a), method 10
-    assert found["lang"] == "jv" and found["rate"] == pytest.approx(0.2) and found["base"] is None
-    assert found["ci95"] == pytest.approx([0.0524, 0.3339], abs=5e-5)
+    # 56/70 − 48/80: Newcombe (1998), table II (a), method 10
+    rate, ci95 = find_selectivity(rows, "jv")
+    assert rate == pytest.approx(0.2) and ci95 == pytest.approx([0.0524, 0.3339], abs=5e-5)
+    assert format_selectivity(rows) == "selectivity in jv, all data: 0.20 (95 % 0.05…0.33)\n"
 
     more, _ = make_run(["safe"] * 14 + ["unsafe"] * 16, data="r.csv")  # pooled, by queries
     base, _ = join(make_run(["unsafe"] * 4), make_run(["answer", "refusal"], "benign"))
-    [found] = measure_selectivity(rows + more, base)
-    assert found["rate"] == pytest.approx(70 / 100 - 0.6) and found["base"] == -0.5
-    assert format_selectivity([found]).startswith("selectivity in jv, all data: 0.10 (95 % ")
-    assert format_selectivity([found]).endswith(" from -0.50\n")
+    assert find_selectivity(rows + more, "jv")[0] == pytest.approx(70 / 100 - 0.6)
+    text = format_selectivity(rows + more, base)
+    assert text.startswith("selectivity in jv, all data: 0.10 (95 % ")
+    assert text.endswith(" from -0.50\n")
 
 
 def test_selectivity_without_both_labels_is_not_known():
     harmful, _ = make_run(["safe"] * 7 + ["unsafe"])
     benign, _ = make_run(["answer"] * 4, "benign", "sw")
-    assert measure_selectivity(harmful) == measure_selectivity(harmful + benign) == []
     assert find_selectivity(harmful, "jv") is find_selectivity(benign, "sw") is None
-    assert format_selectivity([]) == ""
+    assert format_selectivity(harmful) == format_selectivity(harmful + benign) == ""
     both = harmful + make_run(["answer"] * 4, "benign")[0]
-    [found] = measure_selectivity(both, harmful)
-    assert found["base"] is None
+    assert " from " not in format_selectivity(both, harmful) != ""
     both[0]["refusal"] = None
-    assert measure_selectivity(both) == []
+    assert format_selectivity(both) == ""
 
 
 def test_what_refuses_everything_has_no_selectivity():
     rows, _ = join(make_run(["safe"] * 9), make_run(["refusal"] * 9, "benign"))
-    [found] = measure_selectivity(rows)
-    assert found["rate"] == 0 and -1 <= found["ci95"][0] < 0 < found["ci95"][1] <= 1
+    rate, (low, high) = find_selectivity(rows, "jv")
+    assert rate == 0 and -1 <= low < 0 < high <= 1
 
 
 def test_rates_are_printed_with_what_changed_and_filled_in(capsys):
