@@ -101,7 +101,7 @@ def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, s
             if query.label == "qa":
                 right = is_correct(text, query.answer, query.choices)
                 item["verdict"] = "correct" if right else "wrong"
-            file.write(format_items([item]))
+            file.write(format_item(item))
 
     measure(rows, items, refusals)
     return rows, items
@@ -125,8 +125,9 @@ def measure(rows, items, refusals, form=None):
     """Put verdicts into items, and rates into their rows: fractions, null where unknown. form: of
     the judge model whose words stand in judge_raw; None: the keywords decide."""
     for row, cell in cut(rows, items):
+        label = row["label"]
         phrases = find_phrases(row["lang"], refusals)
-        if not phrases and row["label"] != "qa":
+        if not phrases and label != "qa":
             tell(f"warning: no refusal phrases for {row['lang']}: its keyword rates are null; give "
                  "--refusals or --judge")
         words = []
@@ -142,10 +143,10 @@ def measure(rows, items, refusals, form=None):
         if None not in words:
             row["refusal"] = words.count("refusal") / n
         if None not in verdicts:
-            hits = verdicts.count(MAIN_VERDICT[row["label"]])
-            row[MAIN_RATE[row["label"]]] = hits / n
+            hits = verdicts.count(MAIN_VERDICT[label])
+            row[MAIN_RATE[label]] = hits / n
             row["ci95"] = wilson(hits, n)
-            if row["label"] == "harmful":
+            if label == "harmful":
                 row["safe"] = verdicts.count("safe") / n
 
 
@@ -280,13 +281,13 @@ def write(path, text):
         Path(f"{path}.tmp").replace(path)
 
 
-def format_items(items):
-    """Items as JSONL."""
-    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+def format_item(item):
+    """An item as a line of JSONL."""
+    return json.dumps(item, ensure_ascii=False) + "\n"
 
 
-def find_kept(args):
-    """(the files of --rejudge: the answers, and a base's beside them; the rows that they had). What
+def rejudge(args, refusals):
+    """Yield (rows, items) of the answers that --rejudge names, then of a base's beside them. What
     FILE.json says of the models goes into args. Raises UserError."""
     if args.base:
         raise UserError("--rejudge answers nothing: --base has no use there")
@@ -299,7 +300,8 @@ def find_kept(args):
         if not args.base:  # what lies there is an earlier command's
             files = files[:1]
         rows = found["results"]
-    return files, rows
+    for path in files:
+        yield read_items(path, refusals, rows)
 
 
 def read_items(path, refusals, rows=()):
@@ -362,10 +364,24 @@ def name_items(out):
     return [f"{stem}.items.jsonl", f"{stem}.base.items.jsonl"]
 
 
-def answer_all(args, source_lang, **settings):
-    """Yield (rows, items) of --model, then of --base."""
+def answer_all(args, refusals):
+    """Yield (rows, items) of --model, then of --base. What --model was trained with is found in its
+    args.json. Raises UserError."""
+    run = {"lang": "", "source_lang": "en", "holdout": 0.2}
+    path = Path(args.model, "args.json")
+    with told_in_a_line(path):
+        if path.is_file():
+            found = read_json(path)
+            if "source_lang" in found:  # else another program's
+                run.update(found)
+        trained = split_langs(run["lang"])
+    if args.holdout is None:
+        args.holdout = run["holdout"]
+    args.lang = split_langs(args.lang or f"{run['lang']} {run['source_lang']}")
+    args.data = args.data or [find_path("data/queries.csv")]
+
     template = read_template(args.wrap, "--wrap") if args.wrap else "{query}"
-    cells = read_heldout(args.data, args.lang, source_lang=source_lang, label=args.label,
+    cells = read_heldout(args.data, args.lang, source_lang=run["source_lang"], label=args.label,
                          split=args.split, holdout=args.holdout, limit=args.limit,
                          is_parallel="{query_en}" in template)
     if not any(queries for _, _, queries in cells):
@@ -376,9 +392,9 @@ def answer_all(args, source_lang, **settings):
     for model, keep in zip(models, files):
         if args.out:
             write(keep, "")
-        yield evaluate(*model, cells, keep=keep, wrap=template, source_lang=source_lang,
-                       max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
-                       system=args.system, **settings)
+        yield evaluate(*model, cells, refusals=refusals, max_new_tokens=args.max_new_tokens,
+                       batch_size=args.batch_size, seen=trained, system=args.system, keep=keep,
+                       wrap=template, source_lang=run["source_lang"])
 
 
 def ask_judge(model, tokenizer, form, items, batch_size):
@@ -411,7 +427,7 @@ def report(args, runs, judge):
     print_rates(*(run[0] for run in runs))
     if args.out:
         for (_, items), path in zip(runs, name_items(args.out)):
-            write(path, format_items(items))
+            write(path, "".join(map(format_item, items)))
         found = {"results": rows, "config": {**vars(args), "judged_by": judge}}
         write(args.out, json.dumps(found, ensure_ascii=False, indent=1))
     if args.plot:
@@ -422,19 +438,6 @@ def main(args):
     """Answer and judge, or judge kept answers again. Whatever fails, what was measured is told."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("eval.py works in one process: start it without torchrun")
-    if args.rejudge:
-        files, kept_rows = find_kept(args)
-    run = {"lang": "", "source_lang": "en", "holdout": 0.2}
-    path = Path(args.model, "args.json")
-    with told_in_a_line(path):
-        if path.is_file():
-            found = read_json(path)
-            run.update(found if "source_lang" in found else {})  # else another program's
-        trained = split_langs(run["lang"])
-    if args.holdout is None:
-        args.holdout = run["holdout"]
-    args.lang = split_langs(args.lang or f"{run['lang']} {run['source_lang']}")
-    args.data = args.data or [find_path("data/queries.csv")]
     form = None
     with told_in_a_line("cannot judge"):
         refusals = load_refusals(args.refusals)
@@ -446,10 +449,7 @@ def main(args):
     runs = []
     judge = "keyword"
     try:
-        if args.rejudge:
-            runs = [read_items(path, refusals, kept_rows) for path in files]
-        else:
-            runs.extend(answer_all(args, run["source_lang"], refusals=refusals, seen=trained))
+        runs.extend(rejudge(args, refusals) if args.rejudge else answer_all(args, refusals))
         if form:
             model = load_model(args.judge, *find_device(args.device, args.dtype))
             for _, items in runs:
