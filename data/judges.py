@@ -102,7 +102,7 @@ def load_refusals(file=None):
             if not phrases or not all(find_letters(phrase) for phrase in phrases):
                 raise ValueError(f"{lang} has no phrase, or one without letters")
             refusals[lang.lower()] = refusals.get(lang.lower(), []) + phrases
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
+    except Exception as e:  # whatever else a file may hold
         form = '{"language": ["phrase", …], …}'
         raise ValueError(f"--refusals {file}: no JSON file of the form {form}: {e}") from None
     return refusals
@@ -240,7 +240,7 @@ def is_correct(response, answer, choices=()):
         small = f"[a-{last.lower()}]"  # a letter only where it is no word
         letters = (rf"(?<!{word})[A-{last}](?!{word})|(?<=\(){small}(?=\))|"
                    rf"\A{small}(?=[\s.。]*\Z)")
-        response = response.translate({0xFEE0 + i: i for i in range(33, 127)})  # Ｂ is B
+        response = unicodedata.normalize("NFKC", response)  # Ｂ is B
         return re.findall(letters, response)[:1] in ([answer], [answer.lower()])
 
     answer = answer.rpartition("####")[2]  # GSM8K's answers end so, after the sum
