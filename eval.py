@@ -166,12 +166,11 @@ def measure_wrong_language(items, lang, refusals):
 
 
 def wilson(k, n):
-    """The 95 % Wilson score interval [low, high] of k in n, n > 0."""
+    """The 95 % Wilson score interval [low, high] of k in n, n > 0: between both rates p for which
+    (k / n − p)² = z² p (1 − p) / n, so p²(n + z²) − p(2k + z²) + k² / n = 0."""
     z = 1.96
-    middle = k + z * z / 2
-    half = z * math.sqrt(k * (n - k) / n + z * z / 4)
-    ends = np.array([middle - half, middle + half]) / (n + z * z)
-    return ends.clip(0, 1).tolist()
+    ends = np.roots([n + z * z, -2 * k - z * z, k * k / n])
+    return sorted(ends.clip(0, 1).tolist())
 
 
 def compare(rows, items, base_rows, base_items, seed=0):
@@ -324,8 +323,8 @@ def read_items(path, refusals, rows=()):
 
 # --- the command
 
-def read_heldout(paths, langs, *, source_lang="en", label=None, split="holdout", holdout=0.2,
-                 limit=None, is_parallel=False, needs_all=True):
+def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, limit=None,
+                 is_parallel=False, needs_all=True):
     """[(path, lang, queries)] of every path that has the language (is_parallel: and source_lang):
     the held-out part, a label's first `limit`, none that is labelled mixed. Raises UserError for a
     path without any of the languages, and (needs_all) for a language that no path has."""
@@ -337,19 +336,19 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, split="holdout",
         try:
             queries = load_queries(path, asked, label)
         except ValueError as e:
-            errors.update(dict.fromkeys([path, lang] if needs_all else [path], e))
+            tell(f"note: not evaluated: {e}")
+            errors.update({path: e, lang: e})
             continue
-        if split == "holdout":
-            queries = split_queries(queries, holdout)[1]
+        queries = split_queries(queries, holdout)[1]
         kept = []
         for judged in MAIN_RATE:
             kept += [query for query in queries if query.label == judged][:limit]
         cells.append((path, lang, kept))
 
     for name, error in errors.items():
-        if not any(name in cell[:2] for cell in cells):
+        is_found = any(name in cell[:2] for cell in cells)
+        if not is_found and (needs_all or name in paths):
             raise UserError(error)
-        tell(f"note: not evaluated: {error}")
     return cells
 
 
@@ -382,7 +381,7 @@ def answer_all(args, refusals):
 
     template = read_template(args.wrap, "--wrap") if args.wrap else "{query}"
     cells = read_heldout(args.data, args.lang, source_lang=run["source_lang"], label=args.label,
-                         split=args.split, holdout=args.holdout, limit=args.limit,
+                         holdout=1 if args.split == "all" else args.holdout, limit=args.limit,
                          is_parallel="{query_en}" in template)
     if not any(queries for _, _, queries in cells):
         raise UserError("no query is held out: raise --holdout, or --split all")
@@ -417,18 +416,18 @@ def ask_judge(model, tokenizer, form, items, batch_size):
         tell(f"warning: nothing that the judge said is of the form {form}: see --judge-format")
 
 
-def report(args, runs, judge):
+def report(args, runs):
     """Write --out, print the table, write --plot. runs: (rows, items) of the model, then of the
     base."""
     rows = runs[0][0]
     if len(runs) > 1:
         compare(*runs[0], *runs[1], args.seed)
-    print(f"{args.rejudge or args.model}, judged by {judge}")
+    print(f"{args.rejudge or args.model}, judged by {args.judged_by}")
     print_rates(*(run[0] for run in runs))
     if args.out:
         for (_, items), path in zip(runs, name_items(args.out)):
             write(path, "".join(map(format_item, items)))
-        found = {"results": rows, "config": {**vars(args), "judged_by": judge}}
+        found = {"results": rows, "config": vars(args)}
         write(args.out, json.dumps(found, ensure_ascii=False, indent=1))
     if args.plot:
         draw(rows, args.plot)
@@ -447,7 +446,7 @@ def main(args):
         need("matplotlib", "draw --plot")
 
     runs = []
-    judge = "keyword"
+    args.judged_by = "keyword"
     try:
         runs.extend(rejudge(args, refusals) if args.rejudge else answer_all(args, refusals))
         if form:
@@ -456,10 +455,10 @@ def main(args):
                 ask_judge(*model, form, items, args.batch_size)
             for rows, items in runs:
                 measure(rows, items, refusals, form)
-            judge = args.judge
+            args.judged_by = args.judge
     finally:
         if runs:
-            report(args, runs, judge)
+            report(args, runs)
 
 
 def build_parser():

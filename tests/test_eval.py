@@ -675,8 +675,8 @@ def test_limit_split_and_holdout_choose_the_queries(folders):
     def texts(queries):
         return [(query.label, query.text["en"]) for query in queries]
 
-    assert asked(split="all") == texts(queries)
-    assert asked(split="all", limit=3) == texts(queries[:3] + queries[10:13])
+    assert asked(holdout=1) == texts(queries)
+    assert asked(holdout=1, limit=3) == texts(queries[:3] + queries[10:13])
     assert asked(holdout=0.5) == texts(split(queries, 0.5)[1])
     assert asked() == texts(split(queries, 0.2)[1])
 
@@ -691,7 +691,7 @@ def test_queries_are_held_out_by_the_source_languages_text_as_in_training(tmp_pa
 
 def test_queries_that_nobody_can_judge_are_left_out(folders, tmp_path):
     (tmp_path / "plain.csv").write_text("en\nOne?\nTwo?\n")
-    [(_, _, found)] = read_heldout([tmp_path / "plain.csv"], ["en"], label="mixed", split="all")
+    [(_, _, found)] = read_heldout([tmp_path / "plain.csv"], ["en"], label="mixed", holdout=1)
     assert found == []
 
 
