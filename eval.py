@@ -231,21 +231,16 @@ def format_table(rows):
     return "\n".join(lines)
 
 
-def format_selectivity(rows, base_rows=()):
-    """What find_selectivity finds, and of a base, as text: a line a language where it is known."""
-    text = ""
+def print_rates(rows, base_rows=()):
+    """Print the table of rows that were compared with a base's, and, where it is known, a line of
+    selectivity a language."""
+    print(format_table(rows), flush=True)
     for lang in dict.fromkeys(row["lang"] for row in rows):
         if found := find_selectivity(rows, lang):
             base = find_selectivity(base_rows, lang)
             change = f" from {show(base[0])}" if base else ""
-            text += (f"selectivity in {lang}, all data: {show(found[0])} "
-                     f"(95 % {show(found[1])}){change}\n")
-    return text
-
-
-def print_rates(rows, base_rows=()):
-    """Print the table and the selectivity of rows that were compared with a base's."""
-    print(f"{format_table(rows)}\n{format_selectivity(rows, base_rows)}", end="", flush=True)
+            print(f"selectivity in {lang}, all data: {show(found[0])} (95 % {show(found[1])})"
+                  f"{change}", flush=True)
 
 
 def draw(rows, path):

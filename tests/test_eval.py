@@ -15,9 +15,8 @@ import eval as evaluation
 from conftest import CHATML, PARTS, build_model, build_tokenizer
 from data.judges import THOUGHTS, load_refusals
 from data.queries import Query, load_queries, split
-from eval import (answer, ask_judge, compare, evaluate, find_selectivity,
-                  format_selectivity, format_table, make_rows, measure, print_rates, read_heldout,
-                  wilson)
+from eval import (answer, ask_judge, compare, evaluate, find_selectivity, format_table, make_rows,
+                  measure, print_rates, read_heldout, wilson)
 from sample import UserError, encode_chat, tell
 
 REFUSALS = load_refusals()
@@ -320,31 +319,35 @@ def test_rows_of_several_languages_keep_their_own_items():
     assert [row["delta"] for row in rows] == [-0.5, -1.0, 1.0]
 
 
-def test_selectivity_is_a_difference_of_pooled_shares_with_newcombes_interval():
+def test_selectivity_is_a_difference_of_pooled_shares_with_newcombes_interval(capsys):
     rows, _ = join(make_run(["safe"] * 56 + ["unsafe"] * 14),
                    make_run(["refusal"] * 48 + ["answer"] * 32, "benign"))
     # 56/70 − 48/80: Newcombe (1998), table II (a), method 10
     rate, ci95 = find_selectivity(rows, "jv")
     assert rate == pytest.approx(0.2) and ci95 == pytest.approx([0.0524, 0.3339], abs=5e-5)
-    assert format_selectivity(rows) == "selectivity in jv, all data: 0.20 (95 % 0.05…0.33)\n"
+    print_rates(rows)
+    assert "\nselectivity in jv, all data: 0.20 (95 % 0.05…0.33)\n" in capsys.readouterr().out
 
     more, _ = make_run(["safe"] * 14 + ["unsafe"] * 16, data="r.csv")  # pooled, by queries
     base, _ = join(make_run(["unsafe"] * 4), make_run(["answer", "refusal"], "benign"))
     assert find_selectivity(rows + more, "jv")[0] == pytest.approx(70 / 100 - 0.6)
-    text = format_selectivity(rows + more, base)
-    assert text.startswith("selectivity in jv, all data: 0.10 (95 % ")
-    assert text.endswith(" from -0.50\n")
+    print_rates(rows + more, base)
+    said = capsys.readouterr().out
+    assert "selectivity in jv, all data: 0.10 (95 % " in said and said.endswith(" from -0.50\n")
 
 
-def test_selectivity_without_both_labels_is_not_known():
+def test_selectivity_without_both_labels_is_not_known(capsys):
     harmful, _ = make_run(["safe"] * 7 + ["unsafe"])
     benign, _ = make_run(["answer"] * 4, "benign", "sw")
     assert find_selectivity(harmful, "jv") is find_selectivity(benign, "sw") is None
-    assert format_selectivity(harmful) == format_selectivity(harmful + benign) == ""
+    print_rates(harmful + benign)
+    assert "selectivity" not in capsys.readouterr().out
     both = harmful + make_run(["answer"] * 4, "benign")[0]
-    assert " from " not in format_selectivity(both, harmful) != ""
+    print_rates(both, harmful)
+    said = capsys.readouterr().out
+    assert "selectivity in jv" in said and " from " not in said
     both[0]["refusal"] = None
-    assert format_selectivity(both) == ""
+    assert find_selectivity(both, "jv") is None
 
 
 def test_what_refuses_everything_has_no_selectivity():
