@@ -10,7 +10,6 @@ queries refused − benign ones refused: what declines everything has none.
 import contextlib
 import itertools
 import json
-import math
 import os
 import re
 import string
@@ -23,8 +22,7 @@ import torch
 from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find_phrases,
                          is_correct, judge_item, load_refusals, parse_judgement, read_json,
                          strip_thought, write_judge_turns)
-from data.queries import load_queries
-from data.queries import split as split_queries
+from data.queries import load_queries, split
 from sample import (Parser, UserError, add_model_flags, encode_chat, encode_turns,
                     fill_template, find_context, find_device, find_path, find_process,
                     find_stop_ids, find_vocab_size, gather, load_model, need, number, positive,
@@ -203,7 +201,7 @@ def find_selectivity(rows, lang):
         refused = sum(row["n"] * row["refusal"] for row in mine)
         shares.append((refused / n, *wilson(refused, n)))
     (p, low, high), (q, floor, top) = shares
-    return p - q, [p - q - math.hypot(p - low, top - q), p - q + math.hypot(high - p, q - floor)]
+    return p - q, [p - q - np.hypot(p - low, top - q), p - q + np.hypot(high - p, q - floor)]
 
 
 # --- output
@@ -334,7 +332,7 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
             tell(f"note: not evaluated: {e}")
             errors.update({path: e, lang: e})
             continue
-        queries = split_queries(queries, holdout)[1]
+        queries = split(queries, holdout)[1]
         kept = []
         for judged in MAIN_RATE:
             kept += [query for query in queries if query.label == judged][:limit]
