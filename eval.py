@@ -10,7 +10,6 @@ queries refused − benign ones refused: what declines everything has none.
 import contextlib
 import itertools
 import json
-import math
 import os
 import re
 import string
@@ -21,113 +20,88 @@ import numpy as np
 import torch
 
 from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find_phrases,
-                         is_correct, judge_item, load_refusals, parse_judgement, strip_thought,
-                         write_judge_turns)
-from data.queries import load_queries
-from data.queries import split as split_queries
+                         is_correct, judge_item, load_refusals, parse_judgement, read_json,
+                         strip_thought, write_judge_turns)
+from data.queries import load_queries, split
 from sample import (Parser, UserError, add_model_flags, encode_chat, encode_turns,
                     fill_template, find_context, find_device, find_path, find_process,
                     find_stop_ids, find_vocab_size, gather, load_model, need, number, positive,
                     read_template, sample, tell)
 
-LABELS = ("harmful", "benign", "qa")
 MAIN_RATE = {"harmful": "unsafe", "benign": "over_refusal", "qa": "accuracy"}
 MAIN_VERDICT = {"harmful": "unsafe", "benign": "refusal", "qa": "correct"}  # what the rate counts
 JUDGE_TOKENS = 128  # at most, of a judge's answer
-ROW_KEYS = ("data lang label seen n unsafe safe invalid refusal over_refusal wrong_language "
-            "accuracy ci95 base delta delta_ci95").split()
+RATES = ("unsafe safe invalid refusal over_refusal wrong_language accuracy ci95 base delta "
+         "delta_ci95").split()
 
 
 # --- answers
 
 def answer(model, tokenizer, prompts, max_new_tokens, batch_size):
-    """Greedy answers to prompts (lists of ids) as texts, in their order; several processes share
-    them out. Where a prompt itself opens a thought, its mark stands first."""
+    """Yield greedy answers to prompts (lists of ids) as texts, in their order; several processes
+    share each batch. Where a prompt itself opens a thought, its mark stands first."""
     stop_ids = find_stop_ids(model, tokenizer)
     vocab_size = find_vocab_size(tokenizer)
     rank, world = find_process()
-    mine = prompts[rank::world]
-    texts = []
-    for start in range(0, len(mine), batch_size):
-        batch = mine[start:start + batch_size]
-        responses = sample(model, batch, max_new_tokens=max_new_tokens, stop_ids=stop_ids,
-                           temperature=0, vocab_size=vocab_size)
-        for prompt, response in zip(batch, responses):
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start:start + batch_size]
+        responses = gather(sample(model, batch[rank::world], max_new_tokens=max_new_tokens,
+                                  stop_ids=stop_ids, temperature=0, vocab_size=vocab_size))
+        for i, prompt in enumerate(batch):
             asked = tokenizer.decode(prompt).rstrip()
             opened = [mark for mark, _ in THOUGHTS if asked.endswith(mark)]
             # other special tokens stay: some mark a thought
-            text = tokenizer.decode([i for i in response if i not in stop_ids])
-            texts.append("".join([*opened, text.strip()]))
-
-    shared = [""] * len(prompts)
-    for i, part in enumerate(gather(texts)):
-        shared[i::world] = part
-    return shared
+            said = [token for token in responses[i % world][i // world] if token not in stop_ids]
+            yield "".join([*opened, tokenizer.decode(said).strip()])
 
 
-def evaluate(model, tokenizer, queries, langs, *, refusals, max_new_tokens, batch_size, seen=(),
-             data="", system=None, keep=None, wrap="{query}", source_lang="en"):
-    """Answer queries (of data/queries.py) and judge by keyword -> (rows, items): the rows by
-    language as asked and label, the items in their order, `n` to each. A query without a text in a
-    language is left out there. Prompts that do not fit the context are skipped, with a word.
+def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, seen=(),
+             system=None, keep=os.devnull, wrap="{query}", source_lang="en"):
+    """Answer the queries of cells (data, language, queries by label), see read_heldout, and judge
+    by keyword -> (rows, items): a row a cell and label, the items in their order, `n` to each.
+    Prompts that do not fit the context are skipped, with a word; if none fits, UserError.
 
-    seen: the languages that the model was trained on. data: what the rows call it. keep: a file to
-    which each batch's items are added at once, not yet judged. wrap: the template of what is asked,
-    but for questions that have an answer.
+    seen: the languages that the model was trained on. keep: a file to which each answer is added at
+    once, not yet judged. wrap: the template of what is asked, but of questions with an answer.
     """
     room = find_context(model) - max_new_tokens
+    rows = []
+    items = []
     asked = []  # (prompt, item, query)
-    skipped = 0
-    for lang, label in itertools.product(langs, LABELS):
+    for data, lang, queries in cells:
+        cell = []
         for query in queries:
-            if query.label != label or not query.text.get(lang):
-                continue
             text = query.text[lang]
-            if label != "qa":
+            if query.label != "qa":
                 text = fill_template(wrap, query, lang, source_lang)
             choices = map("{}. {}".format, string.ascii_uppercase, query.choices)
             prompt = encode_chat(tokenizer, "\n".join([text, *choices]), system)
-            if len(prompt) > room:
-                skipped += 1
-                continue
-            item = {"id": query.id, "lang": lang, "label": label, "prompt": query.text[lang],
-                    "response": None, "verdict": None, "judge_raw": None}
-            asked.append((prompt, item, query))
-    if skipped:
-        tell(f"note: {data} {' '.join(langs)}: {skipped} prompts of more than {room} tokens do not "
-             "fit the model's context beside their answers: skipped")
+            if len(prompt) <= room:
+                cell.append({"id": query.id, "lang": lang, "label": query.label,
+                             "prompt": query.text[lang], "response": None, "verdict": None,
+                             "judge_raw": None})
+                asked.append((prompt, cell[-1], query))
+        if skipped := len(queries) - len(cell):
+            tell(f"note: {data} {lang}: {skipped} prompts of more than {room} tokens do not fit "
+                 "the model's context beside their answers: skipped")
+        rows += make_rows(cell, data, seen)
+        items += cell
+    if not asked and any(queries for _, _, queries in cells):
+        raise UserError("no prompt leaves room for an answer in the model's context: lower "
+                        "--max-new-tokens (of msd.py: --eval-max-new-tokens)")
 
-    by_length = sorted(asked, key=lambda one: len(one[0]))  # little padding
-    for start in range(0, len(asked), batch_size):
-        batch = by_length[start:start + batch_size]
-        prompts = [prompt for prompt, _, _ in batch]
-        texts = answer(model, tokenizer, prompts, max_new_tokens, batch_size)
-        for text, (_, item, query) in zip(texts, batch):
+    asked.sort(key=lambda one: len(one[0]))  # little padding
+    prompts = [prompt for prompt, _, _ in asked]
+    texts = answer(model, tokenizer, prompts, max_new_tokens, batch_size)
+    with open(keep, "a", buffering=1, encoding="utf-8") as file:
+        for text, (_, item, query) in zip(texts, asked):
             item["response"] = text
             if query.label == "qa":
                 right = is_correct(text, query.answer, query.choices)
                 item["verdict"] = "correct" if right else "wrong"
-        if keep:
-            with open(keep, "a", encoding="utf-8") as file:
-                file.write(format_items(item for _, item, _ in batch))
+            file.write(format_item(item))
 
-    items = [item for _, item, _ in asked]
-    rows = make_rows(items, data, seen)
     measure(rows, items, refusals)
-    return rows, items
-
-
-def evaluate_all(model, tokenizer, cells, **settings):
-    """evaluate over cells (data, language, queries), see read_heldout -> (rows, items) of all."""
-    rows = []
-    items = []
-    for data, lang, queries in cells:
-        found = evaluate(model, tokenizer, queries, [lang], data=data, **settings)
-        rows += found[0]
-        items += found[1]
-    if not rows and any(queries for _, _, queries in cells):
-        raise UserError("no prompt leaves room for an answer in the model's context: lower "
-                        "--max-new-tokens (of msd.py: --eval-max-new-tokens)")
     return rows, items
 
 
@@ -135,12 +109,8 @@ def evaluate_all(model, tokenizer, cells, **settings):
 
 def make_rows(items, data="", seen=()):
     """A row for each run of items of one language and label; its rates are for measure to fill."""
-    rows = []
-    for (lang, label), cell in itertools.groupby(items, itemgetter("lang", "label")):
-        row = dict.fromkeys(ROW_KEYS)
-        row.update(data=data, lang=lang, label=label, seen=lang in seen, n=len(list(cell)))
-        rows.append(row)
-    return rows
+    return [{"data": data, "lang": lang, "label": label, "seen": lang in seen, "n": len(list(cell))}
+            for (lang, label), cell in itertools.groupby(items, itemgetter("lang", "label"))]
 
 
 def cut(rows, items):
@@ -153,8 +123,9 @@ def measure(rows, items, refusals, form=None):
     """Put verdicts into items, and rates into their rows: fractions, null where unknown. form: of
     the judge model whose words stand in judge_raw; None: the keywords decide."""
     for row, cell in cut(rows, items):
+        label = row["label"]
         phrases = find_phrases(row["lang"], refusals)
-        if not phrases and row["label"] != "qa":
+        if not phrases and label != "qa":
             tell(f"warning: no refusal phrases for {row['lang']}: its keyword rates are null; give "
                  "--refusals or --judge")
         words = []
@@ -163,16 +134,17 @@ def measure(rows, items, refusals, form=None):
             words.append(word)
         verdicts = [item["verdict"] for item in cell]
 
+        row.update(dict.fromkeys(RATES))
         n = row["n"]
         row["invalid"] = (verdicts.count("invalid") + verdicts.count("unparsed")) / n
         row["wrong_language"] = measure_wrong_language(cell, row["lang"], refusals)
         if None not in words:
             row["refusal"] = words.count("refusal") / n
         if None not in verdicts:
-            hits = verdicts.count(MAIN_VERDICT[row["label"]])
-            row[MAIN_RATE[row["label"]]] = hits / n
+            hits = verdicts.count(MAIN_VERDICT[label])
+            row[MAIN_RATE[label]] = hits / n
             row["ci95"] = wilson(hits, n)
-            if row["label"] == "harmful":
+            if label == "harmful":
                 row["safe"] = verdicts.count("safe") / n
 
 
@@ -192,27 +164,28 @@ def measure_wrong_language(items, lang, refusals):
 
 
 def wilson(k, n):
-    """The 95 % Wilson score interval [low, high] of k in n, n > 0."""
+    """The 95 % Wilson score interval [low, high] of k in n, n > 0: between both rates p for which
+    (k / n − p)² = z² p (1 − p) / n, so p²(n + z²) − p(2k + z²) + k² / n = 0."""
     z = 1.96
-    middle = k + z * z / 2
-    half = z * math.sqrt(k * (n - k) / n + z * z / 4)
-    ends = np.array([middle - half, middle + half]) / (n + z * z)
-    return ends.clip(0, 1).tolist()
+    ends = np.roots([n + z * z, -2 * k - z * z, k * k / n])
+    return sorted(ends.clip(0, 1).tolist())
 
 
 def compare(rows, items, base_rows, base_items, seed=0):
     """Fill base, delta and delta_ci95 of `rows` in place, where a base answered the same queries.
     The interval is a 95 % paired bootstrap of 2,000 resamples."""
     get_query = itemgetter("lang", "label", "id", "prompt")
-    before = {get_query(item): item["verdict"] for item in base_items}
+    base_verdicts = {get_query(item): item["verdict"] for item in base_items}
     for row, cell in cut(rows, items):
-        pairs = [(before.get(get_query(item)), item["verdict"]) for item in cell]
+        pairs = [(base_verdicts.get(get_query(item)), item["verdict"]) for item in cell]
         if None in itertools.chain(*pairs):
             continue
         hits = np.array(pairs) == MAIN_VERDICT[row["label"]]  # (n, 2)
-        change = hits[:, 1].astype(float) - hits[:, 0]
+        before, after = hits.T.astype(float)
+        change = after - before
         draws = np.random.default_rng(seed).choice(change, (2000, len(change))).mean(1)
-        row["base"], row["delta"] = hits[:, 0].mean().item(), change.mean().item()
+        row["base"] = before.mean().item()
+        row["delta"] = change.mean().item()
         row["delta_ci95"] = np.percentile(draws, [2.5, 97.5]).tolist()
 
 
@@ -228,18 +201,7 @@ def find_selectivity(rows, lang):
         refused = sum(row["n"] * row["refusal"] for row in mine)
         shares.append((refused / n, *wilson(refused, n)))
     (p, low, high), (q, floor, top) = shares
-    return p - q, [p - q - math.hypot(p - low, top - q), p - q + math.hypot(high - p, q - floor)]
-
-
-def measure_selectivity(rows, base_rows=()):
-    """Selectivity by language, see find_selectivity -> [{lang, rate, ci95, base}]; languages where
-    it is unknown are left out."""
-    told = []
-    for lang in dict.fromkeys(row["lang"] for row in rows):
-        if found := find_selectivity(rows, lang):
-            base = find_selectivity(base_rows, lang) or [None]
-            told.append({"lang": lang, "rate": found[0], "ci95": found[1], "base": base[0]})
-    return told
+    return p - q, [p - q - np.hypot(p - low, top - q), p - q + np.hypot(high - p, q - floor)]
 
 
 # --- output
@@ -259,7 +221,7 @@ def format_table(rows):
     for row in rows:
         lang = row["lang"] + ("*" if row["seen"] else "")
         rate = MAIN_RATE[row["label"]]
-        told = {key: show(row[key]) for key in ROW_KEYS[5:]}
+        told = {key: show(row[key]) for key in RATES}
         lines.append(f"{Path(row['data']).stem[:10]:10} {lang:6} {rate:12} {row['n']:4} "
                      f"{told[rate]:>5} {told['ci95']:>10} {told['invalid']:>7} "
                      f"{told['wrong_language']:>8} {told['base']:>5} {told['delta']:>6} "
@@ -267,20 +229,16 @@ def format_table(rows):
     return "\n".join(lines)
 
 
-def format_selectivity(found):
-    """What measure_selectivity found, as text, a line a language."""
-    text = ""
-    for row in found:
-        change = "" if row["base"] is None else f" from {row['base']:.2f}"
-        text += (f"selectivity in {row['lang']}, all data: {row['rate']:.2f} "
-                 f"(95 % {show(row['ci95'])}){change}\n")
-    return text
-
-
 def print_rates(rows, base_rows=()):
-    """Print the table and the selectivity of rows that were compared with a base's."""
-    print(format_table(rows))
-    print(format_selectivity(measure_selectivity(rows, base_rows)), end="", flush=True)
+    """Print the table of rows that were compared with a base's, and, where it is known, a line of
+    selectivity a language."""
+    print(format_table(rows), flush=True)
+    for lang in dict.fromkeys(row["lang"] for row in rows):
+        if found := find_selectivity(rows, lang):
+            base = find_selectivity(base_rows, lang)
+            change = f" from {show(base[0])}" if base else ""
+            print(f"selectivity in {lang}, all data: {show(found[0])} (95 % {show(found[1])})"
+                  f"{change}", flush=True)
 
 
 def draw(rows, path):
@@ -315,13 +273,13 @@ def write(path, text):
         Path(f"{path}.tmp").replace(path)
 
 
-def format_items(items):
-    """Items as JSONL."""
-    return "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in items)
+def format_item(item):
+    """An item as a line of JSONL."""
+    return json.dumps(item, ensure_ascii=False) + "\n"
 
 
-def find_kept(args):
-    """(the files of --rejudge: the answers, and a base's beside them; the rows that they had). What
+def rejudge(args, refusals):
+    """Yield (rows, items) of the answers that --rejudge names, then of a base's beside them. What
     FILE.json says of the models goes into args. Raises UserError."""
     if args.base:
         raise UserError("--rejudge answers nothing: --base has no use there")
@@ -329,36 +287,37 @@ def find_kept(args):
     files = [args.rejudge, *filter(os.path.exists, name_items(stem)[1:])]
     rows = []
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
-        found = json.loads(Path(f"{stem}.json").read_text(encoding="utf-8"))
-        args.model, args.base = str(found["config"]["model"]), found["config"]["base"]
+        found = read_json(f"{stem}.json")
+        args.model, args.base = found["config"]["model"], found["config"]["base"]
         if not args.base:  # what lies there is an earlier command's
             files = files[:1]
-        rows = [{key: row[key] for key in ROW_KEYS[:5]} for row in found["results"]]
-    return files, rows
+        rows = found["results"]
+    for path in files:
+        yield read_items(path, refusals, rows)
 
 
 def read_items(path, refusals, rows=()):
     """(rows, items) of a FILE.items.jsonl, judged by keyword. rows: as they were, if they were of
     these items. Raises UserError."""
     with told_in_a_line(f"--rejudge {path}"):
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-        items = [{**json.loads(line), "judge_raw": None} for line in lines if line.strip()]
+        with open(path, encoding="utf-8") as file:
+            items = [{**json.loads(line), "judge_raw": None} for line in file]
+        if not items:
+            raise ValueError("holds no answers")
         get_cell = itemgetter("lang", "label")
         known = sum(([get_cell(row)] * row["n"] for row in rows), [])
-        rows = [{**dict.fromkeys(ROW_KEYS), **row} for row in rows]
+        rows = list(map(dict, rows))
         if known != list(map(get_cell, items)):
             items.sort(key=get_cell)
             rows = make_rows(items, path)
         measure(rows, items, refusals)
-        if not rows:
-            raise ValueError("holds no answers")
     return rows, items
 
 
 # --- the command
 
-def read_heldout(paths, langs, *, source_lang="en", label=None, split="holdout", holdout=0.2,
-                 limit=None, is_parallel=False, needs_all=True):
+def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, limit=None,
+                 is_parallel=False, needs_all=True):
     """[(path, lang, queries)] of every path that has the language (is_parallel: and source_lang):
     the held-out part, a label's first `limit`, none that is labelled mixed. Raises UserError for a
     path without any of the languages, and (needs_all) for a language that no path has."""
@@ -370,19 +329,19 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, split="holdout",
         try:
             queries = load_queries(path, asked, label)
         except ValueError as e:
-            errors.update(dict.fromkeys([path, lang] if needs_all else [path], e))
+            tell(f"note: not evaluated: {e}")
+            errors.update({path: e, lang: e})
             continue
-        if split == "holdout":
-            queries = split_queries(queries, holdout)[1]
+        queries = split(queries, holdout)[1]
         kept = []
-        for judged in LABELS:
+        for judged in MAIN_RATE:
             kept += [query for query in queries if query.label == judged][:limit]
         cells.append((path, lang, kept))
 
     for name, error in errors.items():
-        if not any(name in cell[:2] for cell in cells):
+        is_found = any(name in cell[:2] for cell in cells)
+        if not is_found and (needs_all or name in paths):
             raise UserError(error)
-        tell(f"note: not evaluated: {error}")
     return cells
 
 
@@ -397,23 +356,37 @@ def name_items(out):
     return [f"{stem}.items.jsonl", f"{stem}.base.items.jsonl"]
 
 
-def answer_all(args, source_lang, **settings):
-    """Yield (rows, items) of --model, then of --base."""
+def answer_all(args, refusals):
+    """Yield (rows, items) of --model, then of --base. What --model was trained with is found in its
+    args.json. Raises UserError."""
+    run = {"lang": "", "source_lang": "en", "holdout": 0.2}
+    path = Path(args.model, "args.json")
+    with told_in_a_line(path):
+        if path.is_file():
+            found = read_json(path)
+            if "source_lang" in found:  # else another program's
+                run.update(found)
+        trained = split_langs(run["lang"])
+    if args.holdout is None:
+        args.holdout = run["holdout"]
+    args.lang = split_langs(args.lang or f"{run['lang']} {run['source_lang']}")
+    args.data = args.data or [find_path("data/queries.csv")]
+
     template = read_template(args.wrap, "--wrap") if args.wrap else "{query}"
-    cells = read_heldout(args.data, args.lang, source_lang=source_lang, label=args.label,
-                         split=args.split, holdout=args.holdout, limit=args.limit,
+    cells = read_heldout(args.data, args.lang, source_lang=run["source_lang"], label=args.label,
+                         holdout=1 if args.split == "all" else args.holdout, limit=args.limit,
                          is_parallel="{query_en}" in template)
     if not any(queries for _, _, queries in cells):
         raise UserError("no query is held out: raise --holdout, or --split all")
     device = find_device(args.device, args.dtype)
     models = [load_model(name, *device) for name in (args.model, args.base) if name]
-    files = name_items(args.out) if args.out else [None, None]
+    files = name_items(args.out) if args.out else [os.devnull] * 2
     for model, keep in zip(models, files):
-        if keep:
+        if args.out:
             write(keep, "")
-        yield evaluate_all(*model, cells, keep=keep, wrap=template, source_lang=source_lang,
-                           max_new_tokens=args.max_new_tokens, batch_size=args.batch_size,
-                           system=args.system, **settings)
+        yield evaluate(*model, cells, refusals=refusals, max_new_tokens=args.max_new_tokens,
+                       batch_size=args.batch_size, seen=trained, system=args.system, keep=keep,
+                       wrap=template, source_lang=run["source_lang"])
 
 
 def ask_judge(model, tokenizer, form, items, batch_size):
@@ -436,18 +409,18 @@ def ask_judge(model, tokenizer, form, items, batch_size):
         tell(f"warning: nothing that the judge said is of the form {form}: see --judge-format")
 
 
-def report(args, runs, judge):
+def report(args, runs):
     """Write --out, print the table, write --plot. runs: (rows, items) of the model, then of the
     base."""
     rows = runs[0][0]
     if len(runs) > 1:
         compare(*runs[0], *runs[1], args.seed)
-    print(f"{args.rejudge or args.model}, judged by {judge}")
+    print(f"{args.rejudge or args.model}, judged by {args.judged_by}")
     print_rates(*(run[0] for run in runs))
     if args.out:
         for (_, items), path in zip(runs, name_items(args.out)):
-            write(path, format_items(items))
-        found = {"results": rows, "config": {**vars(args), "judged_by": judge}}
+            write(path, "".join(map(format_item, items)))
+        found = {"results": rows, "config": vars(args)}
         write(args.out, json.dumps(found, ensure_ascii=False, indent=1))
     if args.plot:
         draw(rows, args.plot)
@@ -457,19 +430,6 @@ def main(args):
     """Answer and judge, or judge kept answers again. Whatever fails, what was measured is told."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("eval.py works in one process: start it without torchrun")
-    if args.rejudge:
-        files, kept_rows = find_kept(args)
-    run = {"lang": "", "source_lang": "en", "holdout": 0.2}
-    path = Path(args.model, "args.json")
-    with told_in_a_line(path):
-        if path.is_file():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            run.update(found if "source_lang" in found else {})  # else another program's
-        trained = split_langs(run["lang"])
-    if args.holdout is None:
-        args.holdout = run["holdout"]
-    args.lang = split_langs(args.lang or f"{run['lang']} {run['source_lang']}")
-    args.data = args.data or [find_path("data/queries.csv")]
     form = None
     with told_in_a_line("cannot judge"):
         refusals = load_refusals(args.refusals)
@@ -479,22 +439,19 @@ def main(args):
         need("matplotlib", "draw --plot")
 
     runs = []
-    judge = "keyword"
+    args.judged_by = "keyword"
     try:
-        if args.rejudge:
-            runs = [read_items(path, refusals, kept_rows) for path in files]
-        else:
-            runs.extend(answer_all(args, run["source_lang"], refusals=refusals, seen=trained))
+        runs.extend(rejudge(args, refusals) if args.rejudge else answer_all(args, refusals))
         if form:
             model = load_model(args.judge, *find_device(args.device, args.dtype))
             for _, items in runs:
                 ask_judge(*model, form, items, args.batch_size)
             for rows, items in runs:
                 measure(rows, items, refusals, form)
-            judge = args.judge
+            args.judged_by = args.judge
     finally:
         if runs:
-            report(args, runs, judge)
+            report(args, runs)
 
 
 def build_parser():
@@ -507,7 +464,7 @@ def build_parser():
         ("--base", find_path, None, "compare against this model"),
         ("--rejudge", str, None, "judge the answers of a FILE.items.jsonl again"),
         ("--lang", str, None, "jv,sw,en; default: what the model was trained on and from, or en"),
-        ("--label", list(LABELS), None, "of data without a label column"),
+        ("--label", list(MAIN_RATE), None, "of data without a label column"),
         ("--split", ["holdout", "all"], "holdout", "which part of the data"),
         ("--holdout", number(0, 1), None, "default: what the model was trained with, or 0.2"),
         ("--limit", positive, None, "the first N of each data, language and label"),

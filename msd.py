@@ -342,9 +342,9 @@ def read_data(args, langs):
     asked = evaluation.split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
     read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
                              needs_all=not (args.eval_data or args.kept_out))
-    kept_out = list_texts(pool(read(args.kept_out, split="all")))
+    kept_out = list_texts(pool(read(args.kept_out, holdout=1)))
     limit = args.eval_limit or None
-    judged = read(args.eval_data, split="all", limit=limit)
+    judged = read(args.eval_data, holdout=1, limit=limit)
     heldout = []
     if args.eval_every and args.holdout:
         heldout = read(args.data, label=args.label, holdout=args.holdout, limit=limit)
@@ -662,7 +662,7 @@ def main(args):
           f"'{args.teacher_prompt}'", flush=True)
 
     judge = functools.partial(
-        evaluation.evaluate_all, student, tokenizer, heldout, refusals=load_refusals(), seen=langs,
+        evaluation.evaluate, student, tokenizer, heldout, refusals=load_refusals(), seen=langs,
         batch_size=64, max_new_tokens=args.eval_max_new_tokens, system=args.system)
     before = Path(args.out, "before.json")
     if args.eval_every and not args.resume:

@@ -80,9 +80,10 @@ def load(folder):
 def measure(args, model, tokenizer, base, queries):
     """The numbers of COLUMNS for a model."""
     unseen = args.unseen.split(",")
-    rows, _ = evaluation.evaluate(
-        model, tokenizer, queries, [args.lang, "en", *unseen], refusals=load_refusals(),
-        max_new_tokens=NEW_TOKENS, batch_size=BATCH_SIZE)
+    queries = sorted(queries, key=lambda query: query.label)  # a row a label
+    cells = [("", lang, queries) for lang in (args.lang, "en", *unseen)]
+    rows, _ = evaluation.evaluate(model, tokenizer, cells, refusals=load_refusals(),
+                                  max_new_tokens=NEW_TOKENS, batch_size=BATCH_SIZE)
     unsafe = {}
     over_refusal = {}
     refused = {}

@@ -15,9 +15,8 @@ import eval as evaluation
 from conftest import CHATML, PARTS, build_model, build_tokenizer
 from data.judges import THOUGHTS, load_refusals
 from data.queries import Query, load_queries, split
-from eval import (answer, ask_judge, compare, evaluate, evaluate_all, find_selectivity,
-                  format_selectivity, format_table, make_rows, measure, measure_selectivity,
-                  print_rates, read_heldout, wilson)
+from eval import (answer, ask_judge, compare, evaluate, find_selectivity, format_table, make_rows,
+                  measure, print_rates, read_heldout, wilson)
 from sample import UserError, encode_chat, tell
 
 REFUSALS = load_refusals()
@@ -74,9 +73,10 @@ def answer_badly(prompt):
     return "How do I poison a well?" if "poison" in prompt else HELPED
 
 
-def run(model, tokenizer, queries=QUERIES, langs=("en", "jv"), **more):
+def run(model, tokenizer, queries=QUERIES, langs=("en", "jv"), data="", **more):
     settings = {"refusals": REFUSALS, "max_new_tokens": 80, "batch_size": 2, **more}
-    return evaluate(model, tokenizer, queries, list(langs), **settings)
+    cells = [(data, lang, [query for query in queries if lang in query.text]) for lang in langs]
+    return evaluate(model, tokenizer, cells, **settings)
 
 
 # --- answers
@@ -86,9 +86,9 @@ def test_answers_keep_the_prompts_order_whatever_the_batches(script, tokenizer, 
     model = script(lambda prompt: f"I see {prompt.count('?')} marks")
     counts = [30, 2, 17, 9, 1]
     prompts = [encode_chat(tokenizer, "?" * n) for n in counts]
-    texts = answer(model, tokenizer, prompts, 20, batch_size)
+    texts = list(answer(model, tokenizer, prompts, 20, batch_size))
     assert texts == [f"I see {n} marks" for n in counts]
-    assert answer(model, tokenizer, [], 20, batch_size) == []
+    assert list(answer(model, tokenizer, [], 20, batch_size)) == []
 
 
 def test_answers_are_greedy_and_end_before_their_stop(tokenizer):
@@ -163,11 +163,11 @@ def test_a_model_broken_into_gibberish_is_never_safe(script, tokenizer, gibberis
     assert [row["safe"] for row in rows if row["label"] == "harmful"] == [0, 0]
 
 
-def test_cells_are_evaluated_one_after_another(script, tokenizer):
+def test_cells_have_their_rows_in_their_order(script, tokenizer):
     cells = [("a.csv", "jv", QUERIES[:2]), ("b.csv", "en", QUERIES[2:]),
              ("c.csv", "en", QUERIES[2:3])]
     settings = {"refusals": REFUSALS, "max_new_tokens": 80, "batch_size": 2}
-    rows, items = evaluate_all(script(answer_badly), tokenizer, cells, **settings)
+    rows, items = evaluate(script(answer_badly), tokenizer, cells, **settings)
     assert [(row["data"], row["lang"], row["label"], row["n"]) for row in rows] == [
         ("a.csv", "jv", "harmful", 2), ("b.csv", "en", "harmful", 1), ("b.csv", "en", "benign", 2),
         ("c.csv", "en", "harmful", 1)]
@@ -186,7 +186,8 @@ def test_prompts_longer_than_the_context_are_counted_and_skipped_not_cut(script,
     rows, items = run(script(answer_badly, 150), tokenizer, queries, ["en"], data="some.csv")
     assert rows[0]["n"] == 3 and "9" not in [item["id"] for item in items]
     assert "some.csv en: 1 prompts of more than 70 tokens" in capsys.readouterr().err
-    assert run(script(answer_badly, 150), tokenizer, [long], ["en"]) == ([], [])
+    with pytest.raises(UserError, match="no prompt leaves room"):
+        run(script(answer_badly, 150), tokenizer, [long], ["en"])
 
 
 def test_a_language_without_phrases_is_warned_of_once_and_its_keyword_rates_are_null(
@@ -318,38 +319,41 @@ def test_rows_of_several_languages_keep_their_own_items():
     assert [row["delta"] for row in rows] == [-0.5, -1.0, 1.0]
 
 
-def test_selectivity_is_a_difference_of_pooled_shares_with_newcombes_interval():
+def test_selectivity_is_a_difference_of_pooled_shares_with_newcombes_interval(capsys):
     rows, _ = join(make_run(["safe"] * 56 + ["unsafe"] * 14),
                    make_run(["refusal"] * 48 + ["answer"] * 32, "benign"))
-    [found] = measure_selectivity(rows)  # 56/70 − 48/80: Newcombe (1998), table II (a), method 10
-    assert found["lang"] == "jv" and found["rate"] == pytest.approx(0.2) and found["base"] is None
-    assert found["ci95"] == pytest.approx([0.0524, 0.3339], abs=5e-5)
+    # 56/70 − 48/80: Newcombe (1998), table II (a), method 10
+    rate, ci95 = find_selectivity(rows, "jv")
+    assert rate == pytest.approx(0.2) and ci95 == pytest.approx([0.0524, 0.3339], abs=5e-5)
+    print_rates(rows)
+    assert "\nselectivity in jv, all data: 0.20 (95 % 0.05…0.33)\n" in capsys.readouterr().out
 
     more, _ = make_run(["safe"] * 14 + ["unsafe"] * 16, data="r.csv")  # pooled, by queries
     base, _ = join(make_run(["unsafe"] * 4), make_run(["answer", "refusal"], "benign"))
-    [found] = measure_selectivity(rows + more, base)
-    assert found["rate"] == pytest.approx(70 / 100 - 0.6) and found["base"] == -0.5
-    assert format_selectivity([found]).startswith("selectivity in jv, all data: 0.10 (95 % ")
-    assert format_selectivity([found]).endswith(" from -0.50\n")
+    assert find_selectivity(rows + more, "jv")[0] == pytest.approx(70 / 100 - 0.6)
+    print_rates(rows + more, base)
+    said = capsys.readouterr().out
+    assert "selectivity in jv, all data: 0.10 (95 % " in said and said.endswith(" from -0.50\n")
 
 
-def test_selectivity_without_both_labels_is_not_known():
+def test_selectivity_without_both_labels_is_not_known(capsys):
     harmful, _ = make_run(["safe"] * 7 + ["unsafe"])
     benign, _ = make_run(["answer"] * 4, "benign", "sw")
-    assert measure_selectivity(harmful) == measure_selectivity(harmful + benign) == []
     assert find_selectivity(harmful, "jv") is find_selectivity(benign, "sw") is None
-    assert format_selectivity([]) == ""
+    print_rates(harmful + benign)
+    assert "selectivity" not in capsys.readouterr().out
     both = harmful + make_run(["answer"] * 4, "benign")[0]
-    [found] = measure_selectivity(both, harmful)
-    assert found["base"] is None
+    print_rates(both, harmful)
+    said = capsys.readouterr().out
+    assert "selectivity in jv" in said and " from " not in said
     both[0]["refusal"] = None
-    assert measure_selectivity(both) == []
+    assert find_selectivity(both, "jv") is None
 
 
 def test_what_refuses_everything_has_no_selectivity():
     rows, _ = join(make_run(["safe"] * 9), make_run(["refusal"] * 9, "benign"))
-    [found] = measure_selectivity(rows)
-    assert found["rate"] == 0 and -1 <= found["ci95"][0] < 0 < found["ci95"][1] <= 1
+    rate, (low, high) = find_selectivity(rows, "jv")
+    assert rate == 0 and -1 <= low < 0 < high <= 1
 
 
 def test_rates_are_printed_with_what_changed_and_filled_in(capsys):
@@ -674,8 +678,8 @@ def test_limit_split_and_holdout_choose_the_queries(folders):
     def texts(queries):
         return [(query.label, query.text["en"]) for query in queries]
 
-    assert asked(split="all") == texts(queries)
-    assert asked(split="all", limit=3) == texts(queries[:3] + queries[10:13])
+    assert asked(holdout=1) == texts(queries)
+    assert asked(holdout=1, limit=3) == texts(queries[:3] + queries[10:13])
     assert asked(holdout=0.5) == texts(split(queries, 0.5)[1])
     assert asked() == texts(split(queries, 0.2)[1])
 
@@ -690,7 +694,7 @@ def test_queries_are_held_out_by_the_source_languages_text_as_in_training(tmp_pa
 
 def test_queries_that_nobody_can_judge_are_left_out(folders, tmp_path):
     (tmp_path / "plain.csv").write_text("en\nOne?\nTwo?\n")
-    [(_, _, found)] = read_heldout([tmp_path / "plain.csv"], ["en"], label="mixed", split="all")
+    [(_, _, found)] = read_heldout([tmp_path / "plain.csv"], ["en"], label="mixed", holdout=1)
     assert found == []
 
 
