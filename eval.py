@@ -164,11 +164,12 @@ def measure_wrong_language(items, lang, refusals):
 
 
 def wilson(k, n):
-    """The 95 % Wilson score interval [low, high] of k in n, n > 0: between both rates p for which
-    (k / n − p)² = z² p (1 − p) / n, so p²(n + z²) − p(2k + z²) + k² / n = 0."""
+    """The 95 % Wilson score interval [low, high] of k in n, n > 0."""
     z = 1.96
-    ends = np.roots([n + z * z, -2 * k - z * z, k * k / n])
-    return sorted(ends.clip(0, 1).tolist())
+    middle = k + z * z / 2
+    half = z * math.sqrt(k * (n - k) / n + z * z / 4)
+    ends = np.array([middle - half, middle + half]) / (n + z * z)
+    return ends.clip(0, 1).tolist()
 
 
 def compare(rows, items, base_rows, base_items, seed=0):
@@ -201,7 +202,7 @@ def find_selectivity(rows, lang):
         refused = sum(row["n"] * row["refusal"] for row in mine)
         shares.append((refused / n, *wilson(refused, n)))
     (p, low, high), (q, floor, top) = shares
-    return p - q, [p - q - np.hypot(p - low, top - q), p - q + np.hypot(high - p, q - floor)]
+    return p - q, [p - q - math.hypot(p - low, top - q), p - q + math.hypot(high - p, q - floor)]
 
 
 # --- output
@@ -288,7 +289,7 @@ def rejudge(args, refusals):
     rows = []
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         found = read_json(f"{stem}.json")
-        args.model, args.base = found["config"]["model"], found["config"]["base"]
+        args.model, args.base = str(found["config"]["model"]), found["config"]["base"]
         if not args.base:  # what lies there is an earlier command's
             files = files[:1]
         rows = found["results"]
