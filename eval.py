@@ -10,6 +10,7 @@ queries refused − benign ones refused: what declines everything has none.
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import string
