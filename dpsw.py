@@ -84,9 +84,9 @@ def check_inputs(student, teacher, response_ids, mask, options):
 
 
 def find_denominator(mask, options):
-    """What the sum is divided by: the option, else the mask's responses (or tokens)."""
+    """What the sum is divided by: the option, else the mask's responses (or tokens); never 0."""
     if options["denominator"] is not None:
-        return options["denominator"]
+        return options["denominator"] or 1
     counted = mask.any(-1) if options["weight_norm"] == "response" else mask
     return counted.sum().clamp(min=1)
 

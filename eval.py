@@ -31,6 +31,9 @@ from sample import (Parser, UserError, add_model_flags, encode_chat, encode_turn
 
 MAIN_RATE = {"harmful": "unsafe", "benign": "over_refusal", "qa": "accuracy"}
 MAIN_VERDICT = {"harmful": "unsafe", "benign": "refusal", "qa": "correct"}  # what the rate counts
+# flags of the judging alone
+JUDGING = ("rejudge judge judge_format judged_by refusals out plot seed device dtype "
+           "batch_size").split()
 JUDGE_TOKENS = 128  # at most, of a judge's answer
 RATES = ("unsafe safe invalid refusal over_refusal wrong_language accuracy ci95 base delta "
          "delta_ci95").split()
@@ -282,7 +285,7 @@ def format_item(item):
 
 def rejudge(args, refusals):
     """Yield (rows, items) of the answers that --rejudge names, then of a base's beside them. What
-    FILE.json says of the models goes into args. Raises UserError."""
+    FILE.json says of how they were asked for goes into args. Raises UserError."""
     if args.base:
         raise UserError("--rejudge answers nothing: --base has no use there")
     stem = args.rejudge.removesuffix(".items.jsonl")
@@ -290,7 +293,8 @@ def rejudge(args, refusals):
     rows = []
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         found = read_json(f"{stem}.json")
-        args.model, args.base = str(found["config"]["model"]), found["config"]["base"]
+        asked = {name: x for name, x in found["config"].items() if name not in JUDGING}
+        vars(args).update(asked)
         if not args.base:  # what lies there is an earlier command's
             files = files[:1]
         rows = found["results"]

@@ -504,6 +504,8 @@ def load_checkpoint(args, student, teacher, optimizer):
     UserError."""
     with evaluation.told_in_a_line(f"--resume {args.out}"):
         state = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
+        if args.steps < state["step"]:
+            raise UserError(f"--steps {args.steps}: {state['step']} are done in {args.out}")
         for p, saved in zip(list_state(args, student, teacher), state["weights"], strict=True):
             p.copy_(saved)
         round_masters(student)

@@ -568,7 +568,12 @@ class Parser(argparse.ArgumentParser):
         err = out if RANK else sys.stderr
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                main(self.parse_args(argv))
+                args = self.parse_args(argv)
+                for name in ("data", "eval_data"):
+                    files = getattr(args, name, None) or []
+                    if len(set(files)) < len(files):
+                        raise UserError(f"--{name.replace('_', '-')} names a file twice")
+                main(args)
         except UserError as e:
             self.error(e)
         except KeyboardInterrupt:
@@ -609,7 +614,7 @@ natural = number(0, kind=int)
 def add_model_flags(parser):
     """The flags that every program here shares."""
     parser.add_flags(
-        ("--model", find_path, "data/tiny", "a folder (a PEFT adapter's too) or a Hugging Face id"),
+        ("--model", find_path, "data/tiny", "a folder or a Hugging Face id"),
         ("--system", words, None, "the system turn (default: the template's own)"),
         ("--device", str, "auto", "auto: a GPU where there is one"),
         ("--dtype", ["auto", "float32", "bfloat16"], "auto", "auto: bfloat16 where a GPU has it"),

@@ -28,6 +28,7 @@ BARE = "(no column name)"  # the column of texts that have none
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LINES = "\x1f"             # the delimiter of a file without one
 HEADER = r'[\w"-]*([,;|][\w"-]*)+'  # names of columns, but "Yes, please" is a query
+LABEL_COLUMNS = ("label", "expected_behavior")
 LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>qa)"
 JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
@@ -70,8 +71,8 @@ def load_queries(path, langs, label=None):
         if not texts[lang]:
             raise fail(path, f"no column for language {lang}: found {', '.join(columns)[:150]}; "
                              f"a file that is all {lang} is given as {lang}=FILE")
-    label_column = "label" if "label" in columns else "expected_behavior"
-    if label_column in columns:
+    label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
+    if label_column:
         label = None
     elif not label:
         label = assume_label(path, rows, columns)
@@ -133,7 +134,7 @@ def tell(path, what):
 def parse_file(path, modified, size):
     """A file of any format -> rows, which nobody changes."""
     with open(path, encoding="utf-8-sig", newline="") as f:
-        text = f.read().strip("\r\n")
+        text = f.read().rstrip("\r\n")
     if "\0" in text:
         raise ValueError("holds NUL bytes")
     ending = path.suffix.lower()
@@ -173,7 +174,7 @@ def read_object(pairs):
 def parse_table(text, ending):
     """CSV, TSV or a query a line -> rows."""
     text = re.sub(r"^sep=.[\r\n]+", "", text)  # Excel's first line
-    first = re.match(r"[^\r\n]*", text)[0]
+    first = re.search(r"[^\r\n]*", text.lstrip("\r\n"))[0]
     if "\t" in first:
         delimiter = "\t"
     elif ending == ".csv" or re.fullmatch(HEADER, first):
@@ -217,9 +218,10 @@ def read_parallel(path, langs):
     parts = [read_file(file, [lang], is_named=True) for lang, file in files.items()]
     if len(parts) == 1:
         return parts[0]
+    first = list(files).index(langs[0])
     if is_key("id", parts):
         tell(path, "joined on id")
-        return join(parts, "id")
+        return join(parts, "id", first)
 
     counts = [len(part) for part in parts]
     ids = [[clean(row.get("id")) for row in part] for part in parts if "id" in find_columns(part)]
@@ -227,7 +229,7 @@ def read_parallel(path, langs):
         raise fail(path, f"unmatched ids, or numbers of rows ({counts}): give each row an id that "
                          "is once in every file")
     tell(path, "joined by position: not every file has an id that is unique")
-    return join(parts)
+    return join(parts, None, first)
 
 
 def read_file(path, langs, is_named=False):
@@ -283,14 +285,14 @@ def widen(path, rows, columns, langs, language):
     if not set(langs) <= set(groups):
         raise fail(path, f"not all of {langs} are in its column {language}, which holds {counts}")
 
-    parts = []
-    for lang, group in groups.items():
-        if lang in (*langs, "en"):  # split() goes by English
-            move(group, find_text(path, columns, lang, "translated"), lang)
-            parts.append(group)
+    groups = {lang: group for lang, group in groups.items() if lang in (*langs, "en")}
+    for lang, group in groups.items():  # English as well: split() goes by it
+        move(group, find_text(path, columns, lang, "translated"), lang)
+    parts = list(groups.values())
     keys = [name for name in columns if name.endswith("id") and is_key(name, parts)]
     if len(keys) == 1:
-        return [{"id": row[keys[0]], **row} for row in join(parts, keys[0])]
+        rows = join(parts, keys[0], list(groups).index(langs[0]))
+        return [{"id": row[keys[0]], **row} for row in rows]
     if len(langs) > 1:
         raise fail(path, "its rows are joined on the one column ending in id that is unique in "
                          f"each language and the same in all: that is true of {keys}")
@@ -304,10 +306,21 @@ def is_key(column, parts):
     return all(cells == distinct for cells in ids)
 
 
-def join(parts, key=None):
-    """Rows of several parts, by a column or else by position. The first part's cells stay."""
+def join(parts, key=None, first=0):
+    """Rows of several parts, by a column or else by position, in the order of parts[0]. The cells
+    of parts[first] stay: a question's choices are in its own language. Labels must agree."""
     tables = [{clean(row.get(key)) or n: row for n, row in enumerate(part)} for part in parts]
-    return [dict(ChainMap(*(table[name] for table in tables))) for name in tables[0]]
+    joined = []
+    for name in tables[0]:
+        rows = [table[name] for table in tables]
+        row = dict(ChainMap(rows[first], *rows))
+        for column in LABEL_COLUMNS:
+            labels = {clean(other.get(column)): None for other in rows}
+            labels.pop("", None)
+            if column in row:
+                row[column] = " or ".join(labels)
+        joined.append(row)
+    return joined
 
 
 # --- columns
@@ -359,10 +372,12 @@ def read_query(row, n, langs, texts, label):
     query = Query(clean(row.get("id")) or str(n), label, text, row)
     query.key = normalise(read_cell(row.get(texts["en"])) or text[langs[0]])
     if label == "qa":
-        query.answer = clean(row.get("answer"))
+        query.answer = read_scalar(row.get("answer"))
         query.choices = read_choices(row)
         if not query.answer:
             raise ValueError("qa without an answer")
+        if re.fullmatch("[A-J]", query.answer) and not query.choices:
+            raise ValueError("the answer is a letter, and there are no choices")
     json.dumps(vars(query), ensure_ascii=False).encode()  # raises on lone surrogates
     return query
 
@@ -397,17 +412,27 @@ def assume_label(path, rows, columns):
     return "harmful"
 
 
+def read_scalar(value):
+    """A text or a number as text. ValueError for what holds several."""
+    if isinstance(value, (list, dict)):
+        raise ValueError(f"one text is needed, not {value}")
+    return clean(value)
+
+
 def read_choices(row):
     """A question's choices, {name: text}: of the column choices, or of a column each."""
     columns = {name[-1]: row[name] for name in row if re.fullmatch(CHOICE, name)}
-    value = row.get("choices") or columns
+    value = row.get("choices") or row.get("options") or columns
     if isinstance(value, str):
         value = json.loads(value)
+    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
+        value = {one.get("label"): one.get("text") for one in value}
     if isinstance(value, list):
         value = {"text": value}
     if "text" in value:
         value = dict(zip(value.get("label", LETTERS), value["text"]))
-    choices = {str(name).upper(): clean(text) for name, text in value.items() if clean(text)}
+    choices = {str(name).upper(): read_scalar(text) for name, text in value.items()}
+    choices = {name: text for name, text in choices.items() if text}
     if len(choices) > len(LETTERS):
         raise ValueError(f"more than {len(LETTERS)} choices")
     return choices if len(choices) > 1 else []

@@ -742,6 +742,19 @@ def test_resume_may_change_what_leaves_the_training_alone(train):
     check_same_run(out, straight)
 
 
+def test_a_resumed_run_does_not_unsay_steps_that_are_done(train, capsys):
+    out = train("o")
+    before = take_digest(out)
+    assert "2 are done" in fail(capsys, lambda: train("o", "--resume", steps=1))
+    assert take_digest(out) == before
+
+
+def test_a_file_that_is_named_twice_is_one_line(train, tmp_path, capsys):
+    data = write_queries(tmp_path / "twice.csv")
+    line = fail(capsys, lambda: train("o", "--data", os.path.relpath(data), data=data))
+    assert "--data names a file twice" in line and not (tmp_path / "o").exists()
+
+
 def test_a_run_that_turns_its_tables_on_later_has_no_trained_model_as_its_base(train):
     flags = [*JUDGED, "--holdout", 0.4]
     train("straight", *flags, "--lr", 0.1, steps=4)

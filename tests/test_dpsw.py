@@ -266,7 +266,7 @@ def test_nan_on_a_response_token_is_never_hidden(side, loss_of):
 
 @both_forms
 @pytest.mark.parametrize("shape, fill", [((2, 3), 0.0), ((2, 3), NAN), ((0,), 0.0), ((2, 0), 0.0)])
-@pytest.mark.parametrize("denominator", (None, 7))
+@pytest.mark.parametrize("denominator", (None, 7, 0))
 def test_a_fully_masked_input_gives_zero_loss_and_gradient(denominator, shape, fill, loss_of):
     student = torch.full((*shape, 5), fill, requires_grad=True)
     for weight_norm in NORMS:

@@ -549,6 +549,9 @@ def test_judged_again_and_again_the_base_stays(command, folders, tmp_path):
         again = json.loads(out.read_text())
         assert again["results"] == first["results"] and again["results"][0]["base"] is not None
         assert again["config"]["model"] == first["config"]["model"]
+        for name in ("lang", "limit", "wrap", "max_new_tokens", "holdout"):  # of the answers
+            assert again["config"][name] == first["config"][name], name
+        assert again["config"]["rejudge"] == str(tmp_path / "o.items.jsonl")
 
 
 def test_under_torchrun_it_is_refused(command, folders, monkeypatch):

@@ -699,3 +699,76 @@ def test_ids_that_are_twice_and_differ_between_files_are_not_joined_by_position(
     found = load_queries(f"en={tmp_path}/en.jsonl,sw={tmp_path}/sw.jsonl", ["en", "sw"], "harmful")
     assert [query.text["sw"] for query in found] == ["sw 0", "sw 1", "sw 2"]
     assert "by position" in capsys.readouterr().err
+
+
+# --- questions in several languages
+
+QUESTIONS = {"en": ("Is it blue?", "yes", "no", "A"), "sw": ("Je ni bluu?", "hapana", "ndiyo", "B")}
+
+
+def write_questions(write, form):
+    """A question in two languages, each with its own choices and answer -> a path."""
+    rows = [{"language": lang, "id": "1", "prompt": text, "A": a, "B": b, "answer": answer}
+            for lang, (text, a, b, answer) in QUESTIONS.items()]
+    if form == "long":
+        return write("long.jsonl", rows)
+    return ",".join(f"{row['language']}={write(row['language'] + '.jsonl', [row])}" for row in rows)
+
+
+@pytest.mark.parametrize("form", ["long", "files"])
+@pytest.mark.parametrize("langs", [["sw"], ["en"], ["sw", "en"]], ids=str)
+def test_a_question_has_the_choices_and_the_answer_of_its_language(write, form, langs):
+    [query] = load_queries(write_questions(write, form), langs, label="qa")
+    text, *choices, answer = QUESTIONS[langs[0]]
+    assert (query.text[langs[0]], query.choices, query.answer) == (text, choices, answer)
+
+
+@pytest.mark.parametrize("form", ["long", "files"])
+@pytest.mark.parametrize("langs", [["en", "jv"], ["jv", "en"]], ids=str)
+def test_labels_that_differ_between_languages_are_neither(write, capsys, form, langs):
+    rows = [{"language": lang, "id": i, "prompt": f"{lang} {i}", "label": label}
+            for i, labels in enumerate(["harmful benign", "benign benign"])
+            for lang, label in zip(["en", "jv"], labels.split())]
+    files = [f"{lang}=" + write(f"{lang}.jsonl", [row for row in rows if row["language"] == lang])
+             for lang in ("en", "jv")]
+    path = write("long.jsonl", rows) if form == "long" else ",".join(files)
+    [query] = load_queries(path, langs)
+    assert (query.id, query.label) == ("1", "benign")
+    assert "label 'harmful or benign'" in capsys.readouterr().err
+
+
+def test_a_label_that_one_language_alone_has_is_the_querys(write):
+    en = write("en.jsonl", [{"id": 1, "prompt": "hi", "label": "benign"}])
+    jv = write("jv.jsonl", [{"id": 1, "prompt": "hai", "label": ""}])
+    [query] = load_queries(f"en={en},jv={jv}", ["jv", "en"])
+    assert query.label == "benign"
+
+
+def test_blank_lines_at_opposite_ends_do_not_shift_what_is_joined_by_position(write):
+    en = write("en.txt", "\nq2\nq3\n")
+    jv = write("jv.txt", "t1\nt2\n\n")
+    assert "numbers of rows ([3, 2])" in error(f"en={en},jv={jv}", ["en", "jv"])
+    assert texts(load_queries(write("a.csv", "\n\nen,jv\nhi,hai\n\n"), ["jv"]), "jv") == ["hai"]
+
+
+@pytest.mark.parametrize("choices", [
+    {"choices": [{"label": "A", "text": "red"}, {"label": "B", "text": "blue"}]},
+    {"options": ["red", "blue"]},
+    {"options": {"A": "red", "B": "blue"}},
+])
+def test_choices_as_objects_or_as_options_are_read(write, choices):
+    rows = [{"en": "Which?", "answer": "B", **choices}]
+    [query] = load_queries(write("a.jsonl", rows), ["en"], label="qa")
+    assert (query.choices, query.answer) == (["red", "blue"], "B")
+
+
+@pytest.mark.parametrize("row", [
+    {"answer": "B", "choices": [["A", "red"], ["B", "blue"]]},
+    {"answer": "B", "candidates": ["red", "blue"]},
+    {"answer": ["red", "blue"]},
+], ids=str)
+def test_a_question_whose_choices_or_answer_are_not_understood_is_skipped_and_told(
+        write, capsys, row):
+    rows = [{"en": "Which?", **row}, {"en": "Where?", "answer": "Paris"}]
+    [query] = load_queries(write("a.jsonl", rows), ["en"], label="qa")
+    assert query.answer == "Paris" and "1 skipped" in capsys.readouterr().err
