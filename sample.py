@@ -709,8 +709,8 @@ def load_model(name, device, dtype):
         raise
     except Exception as e:
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:400]}"
-        if not Path(name).exists():
-            why = f"there is no such folder, and the hub says {why}"
+        if not Path(base).exists():
+            why = f"there is no such folder as {base}, and the hub says {why}"
         if "gated" in why:
             why += "; accept its licence there, then `hf auth login`"
         raise UserError(f"cannot load a model from {name!r}: {why}") from None

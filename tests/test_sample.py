@@ -367,6 +367,10 @@ def test_a_folder_without_safetensors_or_model_says_which(folder):
     file.unlink()
     assert "safetensors" in fails_to_load(folder)
     assert "no such folder" in fails_to_load(folder / "none")
+    add_adapter(load_model(str(TINY), CPU, torch.float32)[0]).save_pretrained(folder / "a")
+    config = folder / "a" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(TINY), "/gone/base"))
+    assert "no such folder as /gone/base" in fails_to_load(folder / "a")
 
 
 @pytest.mark.parametrize("error, word", [
