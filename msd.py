@@ -209,9 +209,8 @@ def write_teacher_prompts(args, teacher, tokenizer, template, batch):
 @torch.no_grad()
 def update_ema(teacher, student, decay):
     """teacher ← decay · teacher + (1 − decay) · student, of what is trained: the rest is shared."""
-    for p, q in zip(student.parameters(), teacher.parameters()):
-        if p.requires_grad:
-            find_master(q).lerp_(find_master(p), 1 - decay)
+    for average, weight in zip(list_trained(student, teacher), list_trained(student)):
+        average.lerp_(weight, 1 - decay)
     round_masters(teacher)
 
 
@@ -237,9 +236,10 @@ def find_master(p):
     return getattr(p, "master", p)
 
 
-def list_trained(student):
-    """What the optimizer changes."""
-    return [find_master(p) for p in student.parameters() if p.requires_grad]
+def list_trained(student, model=None):
+    """What the optimizer changes, or what another model has in its place."""
+    pairs = zip(student.parameters(), (model or student).parameters())
+    return [find_master(q) for p, q in pairs if p.requires_grad]
 
 
 @torch.no_grad()
@@ -435,7 +435,7 @@ def preflight(args, student, teacher, tokenizer, template, pools):
 
 def check_out(args):
     """Refuse to write over what is there, or to resume with other flags; under --resume keep out of
-    training what was kept out. Raises UserError."""
+    training what was kept out -> args.json as it was. Raises UserError."""
     out = Path(args.out)
     files = {path.name for path in out.glob("*")}
     before = {}
@@ -458,13 +458,13 @@ def check_out(args):
             raise UserError(f"--out {out} is the model that is to be trained: name another")
         if not args.overwrite:
             raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
+    return before
 
 
-def start_out(args):
+def start_out(args, before):
     """Make --out with its args.json; what is there of an earlier run goes, but under --resume."""
     if RANK:
         return
-    path = Path(args.out, "args.json")
     if not args.resume:
         with evaluation.told_in_a_line(f"cannot empty {args.out}"):
             for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
@@ -472,19 +472,16 @@ def start_out(args):
                     shutil.rmtree(old)
                 else:
                     old.unlink()
-    elif json.loads(path.read_text(encoding="utf-8")).get("prompts") != args.prompts:
+    elif before.get("prompts") != args.prompts:
         tell("note: the prompts are not those that the run began with: the data, a template or the "
              "date that the chat template writes have changed")
-    evaluation.write(path, json.dumps(vars(args), indent=1))
+    evaluation.write(Path(args.out, "args.json"), json.dumps(vars(args), indent=1))
 
 
 def list_state(args, student, teacher):
     """The weights that a run changes: the trained ones, and an EMA teacher's averages of them."""
-    weights = list_trained(student)
-    if args.teacher == "ema":
-        pairs = zip(student.parameters(), teacher.parameters())
-        weights += [find_master(q) for p, q in pairs if p.requires_grad]
-    return weights
+    averages = list_trained(student, teacher) if args.teacher == "ema" else []
+    return list_trained(student) + averages
 
 
 def save_checkpoint(args, step, student, teacher, optimizer):
@@ -646,7 +643,7 @@ def complete(args):
 def main(args):
     """Read the data, load the models, preflight, train, evaluate, save."""
     langs = complete(args)
-    check_out(args)
+    began = check_out(args)
 
     template = read_template(args.teacher_prompt)
     heldout, queries = read_data(args, langs)
@@ -656,7 +653,7 @@ def main(args):
     pools = make_pools(args, student, tokenizer, template, langs, queries)
     optimizer = make_optimizer(args, student)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
-    start_out(args)
+    start_out(args, began)
     trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
     print(f"msd: {args.model} on {student.device} in {student.dtype}, {trained:,} weights trained "
           f"on {len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries in "
