@@ -572,7 +572,8 @@ def bench_long(args):
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "long")
         command = make_flags(args, "--eval-every", "0", "--save-every", "100",
-                             "--steps", str(args.steps), "--out", str(out))
+                             "--steps", str(args.steps), "--out", str(out),
+                             *shlex.split(args.flags))
         subprocess.run([sys.executable, str(ROOT / "msd.py"), *command], check=True,
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -676,7 +677,7 @@ def main():
     add("--vocab", type=numbers, default="49152,262144", help="V of the loss")
     add("--trl-python", default=sys.executable,
         help="an interpreter with TRL and what msd.py needs")
-    add("--flags", default="", help="of step, plan and processes: more flags of msd.py")
+    add("--flags", default="", help="of step, plan, processes and long: more flags of msd.py")
     add("--dry", action="store_true", help="of plan: run nothing")
     add("--kills", type=int, default=10, help="of kill, each variant")
     add("--steps", type=int, default=2000, help="of long")
