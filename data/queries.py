@@ -11,34 +11,37 @@ A path is a file, or names a file per language: "en=a.jsonl,bbc=b.jsonl". A file
 A text's language is never guessed.
 """
 import csv
+import functools
 import hashlib
 import io
 import json
+import os
 import re
 import sys
 import unicodedata
 from collections import ChainMap, Counter
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from itertools import chain
-from pathlib import Path
 
 ALIASES = ["prompt", "instruction", "goal"]
 BARE = "(no column name)"  # the column of texts that have none
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LINES = "\x1f"             # the delimiter of a file without one
-HEADER = r'[\w"-]*([,;|][\w"-]*)+'  # names of columns, but "Yes, please" is a query
+# names of columns, with one blank around them or none; but "Yes, please" is a query
+HEADER = r'(?!\w+, ) ?[\w"=-]* ?(?:([\t,;|]) ?[\w"=-]* ?)+'
 LABEL_COLUMNS = ("label", "expected_behavior")
 LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>qa)"
 JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
-WORDS = r"(?m)^(\S+ +){2}|^[^\d\n]+ [^\d\n]+$"  # and no row id as 17, q17 or row 17
+ROW_ID = r"(\S+\s)?\S*\d\S*"  # as 17, q17 or row 17
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
-NO_TEXT = "lang|language|label|expected_behavior|answer|choices|.*id|unnamed.*"  # columns
+# columns that hold no texts; pandas' index has no name
+NO_TEXT = "lang|language|label|expected_behavior|answer|choices|options|.*id|unnamed.*|"
+TOLD = set()
 
-LANGUAGES = json.loads((Path(__file__).parent / "prompts/languages.json").read_text())
-CODES = {name.lower(): code for code, name in LANGUAGES.items()}
+with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
+    CODES = {name.lower(): code for code, name in json.load(f).items()}
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Query:
     text: dict          # language -> query
     extra: dict         # every column of the row, by its name in lower case
     answer: str = None  # of qa rows; a letter where there are choices
-    choices: list = ()
+    choices: list = field(default_factory=list)
     key: str = ""       # what split() hashes: the English text, asked for or not, or the first
 
 
@@ -57,9 +60,11 @@ def load_queries(path, langs, label=None):
 
     path: a file, or "en=FILE,jv=FILE". label: harmful | benign | mixed | qa, of data without
     a label column; None is harmful. ValueError, of one line, for what cannot be read.
-    stderr gets how many rows were read, used and skipped, and why.
+    stderr gets how many rows were read, used and skipped, and why. A question's choices and answer
+    are those of the last of `langs`, where each language has its own.
     """
-    path = str(path)
+    path = os.fspath(path)
+    langs = [lang.strip() for lang in langs if lang.strip()]
     if not langs or label not in (None, "harmful", "benign", "mixed", "qa"):
         raise ValueError("give a language or more, and a label that is harmful, benign, mixed or "
                          f"qa: not {langs} and {str(label)[:60]!r}")
@@ -72,20 +77,21 @@ def load_queries(path, langs, label=None):
             raise fail(path, f"no column for language {lang}: found {', '.join(columns)[:150]}; "
                              f"a file that is all {lang} is given as {lang}=FILE")
     label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
-    if label_column:
-        label = None
-    elif not label:
-        label = assume_label(path, rows, columns)
+    if not label_column:
+        label = label or assume_label(path, rows, columns)
 
     queries = []
     skipped = Counter()
     for n, row in enumerate(rows, 1):
         try:
-            row_label = label or read_label(row, label_column)
+            row_label = read_label(row, label_column) if label_column else label
             queries.append(read_query(row, n, langs, texts, row_label))
-        except (AttributeError, RecursionError, TypeError, ValueError) as reason:
+        except (RecursionError, TypeError, ValueError) as reason:
             skipped[str(reason)[:80]] += 1
     settle_answers(path, [query for query in queries if query.choices])
+    bare = [query.answer for query in queries if query.label == "qa" and not query.choices]
+    if bare and all(re.fullmatch("[A-J]", answer) for answer in bare):
+        raise fail(path, "its answers are letters, and there are no choices: call them choices")
 
     counts = f"{len(rows)} rows read, {len(queries)} used, {skipped.total()} skipped"
     if skipped:
@@ -103,8 +109,8 @@ def split(queries, holdout):
     parts = [], []
     for query in queries:
         key = query.key or normalise(next(iter(query.text.values())))
-        digest = hashlib.sha256(b"queries" + key.encode()).hexdigest()
-        is_heldout = int(digest[:12], 16) / 16**12 < holdout
+        digest = hashlib.sha256(b"queries" + key.encode()).digest()
+        is_heldout = int.from_bytes(digest[:6], "big") / 2**48 < holdout
         parts[is_heldout].append(query)
     return parts
 
@@ -116,39 +122,44 @@ def normalise(text):
 
 # --- what is told
 
+def one_line(text):
+    """Any text as one printable line of at most 400 characters."""
+    return "".join(c if c.isprintable() else " " for c in text[:400])
+
+
 def fail(path, problem):
-    """The ValueError for a file, its message one printable line of at most 400 characters."""
-    line = f"{path[-120:]}: {problem}"[:400]
-    return ValueError("".join(c if c.isprintable() else " " for c in line))
+    """The ValueError for a file, its message one bounded line."""
+    return ValueError(one_line(f"{path[-120:]}: {problem}"))
 
 
-@cache
 def tell(path, what):
     """A line on stderr, once in a process: a file is loaded for one language after another."""
-    print(fail(path, what), file=sys.stderr)
+    line = str(fail(path, what))
+    if line not in TOLD:
+        print(line, file=sys.stderr)
+    TOLD.add(line)
 
 
 # --- a file -> rows: {column: cell}
 
-@cache
+@functools.lru_cache(maxsize=16)
 def parse_file(path, modified, size):
     """A file of any format -> rows, which nobody changes."""
     with open(path, encoding="utf-8-sig", newline="") as f:
         text = f.read().rstrip("\r\n")
     if "\0" in text:
         raise ValueError("holds NUL bytes")
-    ending = path.suffix.lower()
+    ending = os.path.splitext(path)[1].lower()
     is_json = "json" in ending or re.match(JSON, text)
     rows = parse_json(text) if is_json else parse_table(text, ending)
     if not any(rows):
         raise ValueError("is empty, or has no rows")
-    return [read_object([(name.strip().lower(), cell) for name, cell in row.items()])
-            for row in rows]
+    return rows
 
 
 def parse_json(text):
     """JSONL, a JSON array or {"safety": [...]} -> rows."""
-    load = json.JSONDecoder(object_pairs_hook=read_object).decode
+    load = functools.partial(json.loads, object_pairs_hook=read_object)
     try:
         rows = load(text)
     except json.JSONDecodeError as e:
@@ -160,47 +171,63 @@ def parse_json(text):
         rows = rows.get("safety", rows)
     if not isinstance(rows, list):
         rows = [rows]
-    return [row if isinstance(row, dict) else {BARE: row} for row in rows]
+    rows = [row if isinstance(row, dict) else {BARE: row} for row in rows]
+    for row in rows:
+        check_names(row)
+    return rows
 
 
 def read_object(pairs):
-    """A row, or an object of JSON. ValueError where two of its values have one name."""
+    """A JSON object. ValueError where two values have one name."""
     row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError("has a duplicate column")
     return row
 
 
+def check_names(names):
+    """ValueError where two columns have one name."""
+    found = Counter(name.strip().lower() for name in names)
+    if [name for name, n in found.items() if name and n > 1]:
+        raise ValueError("has a duplicate column")
+
+
+def find_delimiter(first, ending):
+    """What is between the columns of a table, by its first line and the file's ending."""
+    header = re.fullmatch(HEADER, first)
+    if header:
+        return header[1]
+    if ending == ".csv":
+        return max(",;|", key=first.count)
+    return "\t" if ending == ".tsv" or "\t" in first else LINES
+
+
 def parse_table(text, ending):
     """CSV, TSV or a query a line -> rows."""
-    text = re.sub(r"^sep=.[\r\n]+", "", text)  # Excel's first line
-    first = re.search(r"[^\r\n]*", text.lstrip("\r\n"))[0]
-    if "\t" in first:
-        delimiter = "\t"
-    elif ending == ".csv" or re.fullmatch(HEADER, first):
-        delimiter = max(",;|", key=first.count)
-    else:
-        delimiter = "\t" if ending == ".tsv" else LINES
-
-    is_qa = re.fullmatch(QUESTION_AND_ANSWER, first)
+    first = re.match(r"[^\r\n]*", text.lstrip("\r\n"))[0]
+    delimiter = find_delimiter(first, ending)
+    if first == f"sep={delimiter}":  # Excel's first line
+        text = text.lstrip("\r\n").removeprefix(first).lstrip("\r\n")
+    is_qa = delimiter == "\t" and re.fullmatch(QUESTION_AND_ANSWER, first)
     quoting = csv.QUOTE_NONE if is_qa or delimiter == LINES else csv.QUOTE_MINIMAL
     csv.field_size_limit(1 << 22)  # 128 KiB otherwise: less than a long document
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting,
-                        strict=True)
+    file = io.StringIO(text, newline="")
+    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True,
+                        skipinitialspace=f'{delimiter} "' in first)
     try:
         lines = list(reader)
     except csv.Error as e:
-        raise ValueError(f"line {reader.line_num}: {e}; check the quotes there and before")
+        raise ValueError(f"line {reader.line_num}: {e}; check the quotes there and before") from e
 
     if not any(any(cells[1:]) for cells in lines):
         return [{BARE: "".join(cells)} for cells in lines]  # blank ones keep their place
     lines = [cells for cells in lines if cells]
     columns = [BARE, "answer"] if is_qa else lines.pop(0)
-    rows = []
+    check_names(columns)
     for n, cells in enumerate(lines, 1):
         if len(cells) != len(columns):
             raise ValueError(f"row {n} has {len(cells)} cells instead of {len(columns)}")
-        rows.append(read_object([pair for pair in zip(columns, cells) if pair[0]]))
+    rows = [dict(zip(columns, cells)) for cells in lines]
     return [{**row, "label": "qa"} for row in rows] if is_qa else rows
 
 
@@ -209,27 +236,24 @@ def parse_table(text, ending):
 def read_parallel(path, langs):
     """A file, or a file per language -> wide rows."""
     first, *named = re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
-    if first or Path(path).exists():
+    if first or os.path.exists(path):
         return read_file(path, langs)
-    files = dict(zip(named[::2], named[1::2]))
-    if not set(langs) <= set(files) or 2 * len(files) < len(named):
+    files = dict(zip(map(str.lower, named[::2]), named[1::2]))
+    if not {lang.lower() for lang in langs} <= set(files) or 2 * len(files) < len(named):
         raise fail(path, f"name one file for each of {', '.join(langs)}, and none twice")
 
     parts = [read_file(file, [lang], is_named=True) for lang, file in files.items()]
-    if len(parts) == 1:
-        return parts[0]
-    first = list(files).index(langs[0])
-    if is_key("id", parts):
-        tell(path, "joined on id")
-        return join(parts, "id", first)
-
-    counts = [len(part) for part in parts]
-    ids = [[clean(row.get("id")) for row in part] for part in parts if "id" in find_columns(part)]
-    if len(set(counts)) > 1 or any(cells != ids[0] for cells in ids):
+    keys = find_keys(["id"], parts)
+    ids = [[clean(row.get("id")) for row in part] for part in parts]
+    counts = [len(cells) for cells in ids]
+    known = {tuple(cells) for cells in ids if any(cells)}
+    if not keys and (len(known) > 1 or len(set(counts)) > 1):
         raise fail(path, f"unmatched ids, or numbers of rows ({counts}): give each row an id that "
                          "is once in every file")
-    tell(path, "joined by position: not every file has an id that is unique")
-    return join(parts, None, first)
+    if len(parts) > 1:
+        how = "on id" if keys else "by position: not every file has an id that is unique"
+        tell(path, f"joined {how}")
+    return join(parts, keys, list(files).index(langs[-1].lower()))
 
 
 def read_file(path, langs, is_named=False):
@@ -238,14 +262,15 @@ def read_file(path, langs, is_named=False):
     is_named: the file was named for its language, langs[0].
     """
     try:
-        file = Path(path).expanduser()
-        found = file.stat()
-        rows = [row.copy() for row in parse_file(file, found.st_mtime_ns, found.st_size)]
+        file = os.path.expanduser(path)
+        found = os.stat(file)
+        rows = parse_file(file, found.st_mtime_ns, found.st_size)
     except (OSError, RecursionError, ValueError) as e:
         problem = getattr(e, "strerror", None) or e
         raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
     if find_columns(rows) == [BARE]:
         rows = read_header(path, rows, langs)
+    rows = [{name.strip().lower(): cell for name, cell in row.items()} for row in rows]
 
     columns = find_columns(rows)
     language = "language" if "language" in columns else "lang"
@@ -254,8 +279,10 @@ def read_file(path, langs, is_named=False):
     if is_named or len(langs) == 1 and BARE in columns:
         move(rows, find_text(path, columns, langs[0]), langs[0])
     elif not find_own(columns, "id"):
-        ids = "\n".join(clean(row.get("id")) for row in rows)
-        if re.search(WORDS, ids) or "id" in langs and re.fullmatch(r"\s*[^\d\s]\D*", ids):
+        cells = list(filter(None, (clean(row.get("id")) for row in rows)))
+        ids = "".join(cells)
+        is_text = re.search(r"\s", ids) or "id" in langs and re.fullmatch(r"\D+", ids)
+        if is_text and not all(re.fullmatch(ROW_ID, cell) for cell in cells):
             move(rows, "id", "id")  # Indonesian, not row ids
     return rows
 
@@ -268,11 +295,14 @@ def move(rows, column, lang):
 
 def read_header(path, rows, langs):
     """Rows of one column: its first cell is its name, or it has none."""
-    first = clean(rows[0][BARE])
+    cells = [clean(row.get(BARE)) for row in rows]
+    first = next(filter(None, cells), "")
     is_name = read_code(first) in {*ALIASES, *CODES.values(), *langs}
     taken = "the column's name" if is_name else "a query"
     tell(path, f"its first line, {first[:60]!r}, is taken for {taken}")
-    return [{first.lower(): row[BARE]} for row in rows[1:]] if is_name else rows
+    if not is_name:
+        return rows
+    return [{first: row.get(BARE)} for row in rows[cells.index(first) + 1:]]
 
 
 def widen(path, rows, columns, langs, language):
@@ -280,7 +310,7 @@ def widen(path, rows, columns, langs, language):
     groups = {}
     for row in rows:
         groups.setdefault(read_code(clean(row.get(language))), []).append(row)
-    counts = {lang: len(group) for lang, group in groups.items()}
+    counts = str({lang: len(group) for lang, group in groups.items()})[:150]
     tell(path, f"rows by {language}: {counts}")
     if not set(langs) <= set(groups):
         raise fail(path, f"not all of {langs} are in its column {language}, which holds {counts}")
@@ -289,9 +319,9 @@ def widen(path, rows, columns, langs, language):
     for lang, group in groups.items():  # English as well: split() goes by it
         move(group, find_text(path, columns, lang, "translated"), lang)
     parts = list(groups.values())
-    keys = [name for name in columns if name.endswith("id") and is_key(name, parts)]
+    keys = find_keys([name for name in columns if name.endswith("id")], parts)
     if len(keys) == 1:
-        rows = join(parts, keys[0], list(groups).index(langs[0]))
+        rows = join(parts, keys, list(groups).index(langs[-1]))
         return [{"id": row[keys[0]], **row} for row in rows]
     if len(langs) > 1:
         raise fail(path, "its rows are joined on the one column ending in id that is unique in "
@@ -299,26 +329,34 @@ def widen(path, rows, columns, langs, language):
     return groups[langs[0]]
 
 
-def is_key(column, parts):
-    """Whether a column has the same values in every part, and none twice."""
-    ids = [sorted(clean(row.get(column)) for row in part) for part in parts]
-    distinct = sorted(set(ids[0]) - {""})
-    return all(cells == distinct for cells in ids)
+def find_keys(columns, parts):
+    """The columns that have the same values in every part, and no value twice."""
+    keys = []
+    for column in columns:
+        first, *others = [sorted(clean(row.get(column)) for row in part) for part in parts]
+        is_unique = "" not in first and len(set(first)) == len(first)
+        if is_unique and all(other == first for other in others):
+            keys.append(column)
+    return keys
 
 
-def join(parts, key=None, first=0):
-    """Rows of several parts, by a column or else by position, in the order of parts[0]. The cells
-    of parts[first] stay: a question's choices are in its own language. Labels must agree."""
-    tables = [{clean(row.get(key)) or n: row for n, row in enumerate(part)} for part in parts]
+def join(parts, keys, own):
+    """Rows of several parts, by keys[0] or else by position, in the order of the first. What a cell
+    of parts[own] says stays; labels that differ are none."""
+    tables = []
+    for part in parts:
+        tables.append({clean(row[keys[0]]) if keys else n: row for n, row in enumerate(part)})
     joined = []
-    for name in tables[0]:
-        rows = [table[name] for table in tables]
-        row = dict(ChainMap(rows[first], *rows))
+    for key in tables[0]:
+        rows = [table[key] for table in tables]
+        said = {name: cell for name, cell in rows[own].items() if clean(cell)}
+        row = dict(ChainMap(said, *rows))
         for column in LABEL_COLUMNS:
-            labels = {clean(other.get(column)): None for other in rows}
-            labels.pop("", None)
-            if column in row:
-                row[column] = " or ".join(labels)
+            labels = list(filter(None, (clean(row.get(column)) for row in rows)))
+            if len({find_label(label) for label in labels}) > 1:
+                row[column] = f"differs: {', '.join(labels)}"
+            elif labels:
+                row[column] = labels[0]
         joined.append(row)
     return joined
 
@@ -345,14 +383,16 @@ def find_own(columns, lang):
 def find_text(path, columns, lang, hint="translat"):
     """The column of texts where the language is known."""
     own = find_own(columns, lang)
-    translated = [name for name in columns if "translated" in name and lang != "en"]
-    known = [name for name in columns if name in ALIASES or hint in name]
-    others = [name for name in columns if not re.fullmatch(NO_TEXT, name)
-              and read_code(name) not in CODES.values()]
-    found = [own] if own else translated or known or others
+    translated = [name for name in columns if "translated" in name]
+    if own or len(translated) == 1 and lang != "en":
+        return own or translated[0]
+    found = [name for name in columns if name in ALIASES or hint in name]
+    if not found:
+        found = [name for name in columns if not re.fullmatch(NO_TEXT, name)
+                 and read_code(name) not in CODES.values()]
     if len(found) != 1 and columns != ["id"]:
-        raise fail(path, f"no column, or more than one, may be {lang}; call it {lang}: "
-                         f"{found or columns}")
+        names = ", ".join(found or columns)[:150]
+        raise fail(path, f"no column, or more than one, may be {lang}: {names}; call it {lang}")
     return (found or columns)[0]
 
 
@@ -365,19 +405,18 @@ def clean(value):
 
 def read_query(row, n, langs, texts, label):
     """A row -> Query. ValueError with the reason if there is none in it."""
-    text = {lang: read_cell(row.get(texts[lang])) for lang in langs}
-    missing = [lang for lang in langs if not text[lang]]
+    cells = {lang: read_cell(row.get(column)) for lang, column in texts.items()}
+    missing = [lang for lang in langs if not cells[lang]]
     if missing:
         raise ValueError(f"without a text in {' and '.join(missing)}")
+    text = {lang: cells[lang] for lang in langs}
     query = Query(clean(row.get("id")) or str(n), label, text, row)
-    query.key = normalise(read_cell(row.get(texts["en"])) or text[langs[0]])
+    query.key = normalise(cells["en"] or cells[langs[0]])
     if label == "qa":
         query.answer = read_scalar(row.get("answer"))
         query.choices = read_choices(row)
         if not query.answer:
             raise ValueError("qa without an answer")
-        if re.fullmatch("[A-J]", query.answer) and not query.choices:
-            raise ValueError("the answer is a letter, and there are no choices")
     json.dumps(vars(query), ensure_ascii=False).encode()  # raises on lone surrogates
     return query
 
@@ -393,20 +432,26 @@ def read_cell(cell):
     return cell if isinstance(cell, str) and cell.strip() else ""
 
 
+def find_label(text):
+    """harmful | benign | qa, or None."""
+    match = re.fullmatch(LABEL, text.lower(), re.S)
+    return match and match.lastgroup
+
+
 def read_label(row, column):
-    """harmful | benign | qa"""
-    value = row.get(column)
-    match = re.fullmatch(LABEL, clean(value).lower())
-    if not match:
-        raise ValueError(f"{column} {value!r}")
-    return match.lastgroup
+    """The label of a row. ValueError if there is none."""
+    label = find_label(clean(row.get(column)))
+    if not label:
+        raise ValueError(f"{column} {row.get(column)!r}")
+    return label
 
 
 def assume_label(path, rows, columns):
     """harmful, and says so; with answers a label is asked for."""
     if "answer" in columns:
         raise fail(path, "has answers and no label: say what its rows are, as by --label qa")
-    few = [name for name in columns if len({str(row.get(name)) for row in rows}) <= 3]
+    few = [name for name in columns
+           if name.islower() and len({str(row.get(name)) for row in rows}) <= 3]
     tell(path, "no column label or expected_behavior: every row is taken as harmful; of few "
                f"values, so perhaps a label: {few}")
     return "harmful"
@@ -420,27 +465,29 @@ def read_scalar(value):
 
 
 def read_choices(row):
-    """A question's choices, {name: text}: of the column choices, or of a column each."""
-    columns = {name[-1]: row[name] for name in row if re.fullmatch(CHOICE, name)}
-    value = row.get("choices") or row.get("options") or columns
-    if isinstance(value, str):
+    """A question's choices, {name: text}: of the column choices or options, or of a column each."""
+    value = row.get("choices") or row.get("options")
+    if isinstance(value, str) and value:
         value = json.loads(value)
-    if isinstance(value, list) and all(isinstance(one, dict) for one in value):
-        value = {one.get("label"): one.get("text") for one in value}
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        if {"label", "text"} - set.intersection(*map(set, value)):
+            raise ValueError("choices need a label and a text each")
+        value = {name: [one[name] for one in value] for name in ("label", "text")}
+    if isinstance(value, (list, dict)) and len(value) > len(LETTERS):
+        raise ValueError(f"more than {len(LETTERS)} choices")
     if isinstance(value, list):
-        value = {"text": value}
+        value = dict(zip(LETTERS, value))
+    if not isinstance(value, dict):
+        value = {name[-1]: row[name] for name in row if re.fullmatch(CHOICE, name)}
     if "text" in value:
         value = dict(zip(value.get("label", LETTERS), value["text"]))
-    choices = {str(name).upper(): read_scalar(text) for name, text in value.items()}
-    choices = {name: text for name, text in choices.items() if text}
-    if len(choices) > len(LETTERS):
-        raise ValueError(f"more than {len(LETTERS)} choices")
+    choices = {str(name).upper(): read_scalar(text) for name, text in value.items() if clean(text)}
     return choices if len(choices) > 1 else []
 
 
 def settle_answers(path, queries):
     """Answers -> the letters of their choices, if one reading alone fits the whole file."""
-    numbers = list(map(str, range(99)))
+    numbers = [str(n) for n in range(99)]
     places = []
     for query in queries:
         answer = query.answer.upper()
@@ -451,9 +498,10 @@ def settle_answers(path, queries):
 
     possible = {reading for reading in zip(*places) if None not in reading}
     if queries and len(possible) != 1:
-        bad = [query.id for query, found in zip(queries, places) if set(found) == {None}]
+        bad = [query.id for query, found in zip(queries, places) if found.count(None) == 4]
+        bad = bad or [query.id for query in queries]
         raise fail(path, f"its answers have {len(possible)} readings as letters, texts or indices, "
-                         f"from 0 or from 1, of their choices; give letters: unread rows {bad[:3]}")
+                         f"from 0 or from 1, of their choices; give letters (see rows {bad[:3]})")
     for query, place in zip(queries, *possible):
         query.answer = LETTERS[place]
         query.choices = list(query.choices.values())

@@ -719,8 +719,8 @@ def write_questions(write, form):
 @pytest.mark.parametrize("langs", [["sw"], ["en"], ["sw", "en"]], ids=str)
 def test_a_question_has_the_choices_and_the_answer_of_its_language(write, form, langs):
     [query] = load_queries(write_questions(write, form), langs, label="qa")
-    text, *choices, answer = QUESTIONS[langs[0]]
-    assert (query.text[langs[0]], query.choices, query.answer) == (text, choices, answer)
+    text, *choices, answer = QUESTIONS[langs[-1]]
+    assert (query.text[langs[-1]], query.choices, query.answer) == (text, choices, answer)
 
 
 @pytest.mark.parametrize("form", ["long", "files"])
@@ -734,7 +734,38 @@ def test_labels_that_differ_between_languages_are_neither(write, capsys, form, l
     path = write("long.jsonl", rows) if form == "long" else ",".join(files)
     [query] = load_queries(path, langs)
     assert (query.id, query.label) == ("1", "benign")
-    assert "label 'harmful or benign'" in capsys.readouterr().err
+    assert "label 'differs: harmful, benign'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("labels, label", [
+    (("safe", "unsafe"), None), (("refuse", "safe"), None), (("harmful", "Harmful"), "harmful"),
+    (("unsafe", "refuse"), "harmful"), (("safe", "odd"), None)])
+def test_labels_are_compared_by_what_they_mean(write, labels, label):
+    rows = [{"id": 1, "prompt": "hi", "label": labels[0]}, {"id": 2, "prompt": "a", "label": "qa"}]
+    en = write("en.jsonl", [{**row, "answer": "2"} for row in rows])
+    jv = write("jv.jsonl", [{**rows[0], "label": labels[1]}, rows[1]])
+    queries = load_queries(f"en={en},jv={jv}", ["en", "jv"])
+    assert {query.id: query.label for query in queries}.get("1") == label
+
+
+@pytest.mark.parametrize("form", ["long", "files"])
+def test_an_answer_that_one_language_alone_has_is_the_querys(write, form):
+    rows = [{"language": lang, "id": "1", "prompt": f"2 + 2 ({lang})", "answer": answer}
+            for lang, answer in (("en", "4"), ("sw", ""))]
+    files = [f"{row['language']}=" + write(f"{row['language']}.jsonl", [row]) for row in rows]
+    path = write("long.jsonl", rows) if form == "long" else ",".join(files)
+    [query] = load_queries(path, ["sw"], label="qa")
+    assert query.answer == "4"
+
+
+def test_a_language_named_in_capitals_is_the_same(write):
+    en, zh = write("en.txt", "how are you\n"), write("zh.txt", "nihao\n")
+    assert texts(load_queries(f"EN={en},zh-CN={zh}", ["zh-cn"]), "zh-cn") == ["nihao"]
+
+
+def test_a_header_behind_blank_lines_is_a_header(write):
+    for name in ("a.csv", "a.txt"):
+        assert texts(load_queries(write(name, "\nprompt\nhi\nyo\n"), ["en"]), "en") == ["hi", "yo"]
 
 
 def test_a_label_that_one_language_alone_has_is_the_querys(write):
@@ -751,6 +782,17 @@ def test_blank_lines_at_opposite_ends_do_not_shift_what_is_joined_by_position(wr
     assert texts(load_queries(write("a.csv", "\n\nen,jv\nhi,hai\n\n"), ["jv"]), "jv") == ["hai"]
 
 
+def test_letters_as_answers_without_choices_are_refused(write):
+    rows = [{"en": "Which?", "candidates": ["red", "blue"], "answer": "B"}]
+    assert "no choices" in error(write("a.jsonl", rows), ["en"], label="qa")
+
+
+def test_a_file_of_a_language_may_hold_options(write):
+    row = {"question": "Which?", "options": ["red", "blue"], "answer": "B"}
+    [query] = load_queries("jv=" + write("a.jsonl", [row]), ["jv"], label="qa")
+    assert (query.text["jv"], query.choices) == ("Which?", ["red", "blue"])
+
+
 @pytest.mark.parametrize("choices", [
     {"choices": [{"label": "A", "text": "red"}, {"label": "B", "text": "blue"}]},
     {"options": ["red", "blue"]},
@@ -764,7 +806,7 @@ def test_choices_as_objects_or_as_options_are_read(write, choices):
 
 @pytest.mark.parametrize("row", [
     {"answer": "B", "choices": [["A", "red"], ["B", "blue"]]},
-    {"answer": "B", "candidates": ["red", "blue"]},
+    {"answer": "blue", "choices": [{"text": "red"}, {"text": "blue"}]},
     {"answer": ["red", "blue"]},
 ], ids=str)
 def test_a_question_whose_choices_or_answer_are_not_understood_is_skipped_and_told(
