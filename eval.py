@@ -35,6 +35,7 @@ MAIN_VERDICT = {"harmful": "unsafe", "benign": "refusal", "qa": "correct"}  # wh
 JUDGING = ("rejudge judge judge_format judged_by refusals out plot seed device dtype "
            "batch_size").split()
 JUDGE_TOKENS = 128  # at most, of a judge's answer
+ROW_KEYS = ("data", "lang", "label", "seen", "n")  # of a row, beside its rates
 RATES = ("unsafe safe invalid refusal over_refusal wrong_language accuracy ci95 base delta "
          "delta_ci95").split()
 
@@ -291,13 +292,13 @@ def rejudge(args, refusals):
     stem = args.rejudge.removesuffix(".items.jsonl")
     files = [args.rejudge, *filter(os.path.exists, name_items(stem)[1:])]
     rows = []
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
         found = read_json(f"{stem}.json")
+        rows = [{key: row[key] for key in ROW_KEYS} for row in found["results"]]
         asked = {name: x for name, x in found["config"].items() if name not in JUDGING}
         vars(args).update(asked)
         if not args.base:  # what lies there is an earlier command's
             files = files[:1]
-        rows = found["results"]
     for path in files:
         yield read_items(path, refusals, rows)
 
@@ -307,7 +308,7 @@ def read_items(path, refusals, rows=()):
     these items. Raises UserError."""
     with told_in_a_line(f"--rejudge {path}"):
         with open(path, encoding="utf-8") as file:
-            items = [{**json.loads(line), "judge_raw": None} for line in file]
+            items = [{**json.loads(line), "judge_raw": None} for line in file if line.strip()]
         if not items:
             raise ValueError("holds no answers")
         get_cell = itemgetter("lang", "label")
@@ -335,7 +336,6 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         try:
             queries = load_queries(path, asked, label)
         except ValueError as e:
-            tell(f"note: not evaluated: {e}")
             errors.update({path: e, lang: e})
             continue
         queries = split(queries, holdout)[1]
@@ -348,6 +348,8 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         is_found = any(name in cell[:2] for cell in cells)
         if not is_found and (needs_all or name in paths):
             raise UserError(error)
+    for error in errors.values():
+        tell(f"note: not evaluated: {error}")
     return cells
 
 

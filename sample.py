@@ -225,27 +225,29 @@ class RaggedDecoder:
 
 
 class RowDecoder:
-    """A single row with the cache that its model makes itself (recurrent, hybrid, windowed);
-    without one, as past a rope's limit, the row is read again for each token."""
+    """A single row with the cache that its model makes itself (recurrent, hybrid, windowed); what
+    makes none reads the row again for each token."""
 
     def __init__(self, model, prompts, slots):
         self.model = model
-        # past its limit a rope turns for all tokens, those in a cache too
-        self.keeps = slots <= find_rope_limit(model)
+        is_long = find_rope(model).get("rope_type") == "longrope"
+        self.limit = find_rope_limit(model) if is_long else math.inf
         self.cache = {}
-        self.tokens = []
+        self.ids = torch.tensor([[]], dtype=torch.long, device=model.device)
         self.step(torch.tensor(prompts[0], device=model.device))
 
     def step(self, token):
         """Read more tokens (T,)."""
-        self.tokens.append(token)
-        ids = torch.cat(self.tokens)[None]  # (1, all tokens)
-        at = torch.arange(ids.shape[1], device=token.device)[None]
+        read = self.ids.shape[1]
+        self.ids = torch.cat([self.ids, token[None]], 1)  # (1, all tokens)
+        if read <= self.limit < self.ids.shape[1]:
+            self.cache = {}  # positions turn here for all tokens: read them again
+        at = torch.arange(self.ids.shape[1], device=token.device)[None]
         new = -len(token) if self.cache else 0
-        out = self.model(input_ids=ids[:, new:], position_ids=at[:, new:],
-                         use_cache=self.keeps, **self.cache)
-        names = ("past_key_values", "cache_params", "state")
-        self.cache = {name: out[name] for name in names if name in out}
+        out = self.model(input_ids=self.ids[:, new:], position_ids=at[:, new:], use_cache=True,
+                         **self.cache)
+        states = {name: out.get(name) for name in ("past_key_values", "cache_params", "state")}
+        self.cache = {name: state for name, state in states.items() if state is not None}
         self.logits = out.logits[:, -1]  # (1, V)
 
 
@@ -709,7 +711,7 @@ def load_model(name, device, dtype):
         raise
     except Exception as e:
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:400]}"
-        if not Path(base).exists():
+        if not Path(str(base)).exists():
             why = f"there is no such folder as {base}, and the hub says {why}"
         if "gated" in why:
             why += "; accept its licence there, then `hf auth login`"

@@ -243,7 +243,7 @@ def is_correct(response, answer, choices=()):
         small = f"[a-{last.lower()}]"  # a letter only where it is no word
         letters = (rf"(?<!{word})[A-{last}](?!{word})|(?<=\(){small}(?=\))|"
                    rf"\A{small}(?=[\s.。]*\Z)")
-        response = unicodedata.normalize("NFKC", response)  # Ｂ is B
+        response = response.translate({0xFEE0 + i: i for i in range(33, 127)})  # Ｂ is B
         return re.findall(letters, response)[:1] in ([answer], [answer.lower()])
 
     answer = answer.rpartition("####")[2]  # GSM8K's answers end so, after the sum

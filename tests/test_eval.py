@@ -837,3 +837,20 @@ def test_what_the_command_line_takes_is_what_the_contract_names():
         "model", "base", "lang", "data", "split", "judge", "judge_format", "max_new_tokens",
         "batch_size", "limit", "refusals", "wrap", "label", "holdout", "rejudge", "seed", "device",
         "dtype", "out", "plot", "system"}
+
+
+@pytest.mark.parametrize("kept", [
+    {"config": None, "results": []}, {"config": [], "results": [{"lang": "en"}]},
+    {"config": {}, "results": {"en": 1}}, {"config": {"model": 3}, "results": None}, []], ids=str)
+def test_answers_are_judged_again_whatever_lies_beside_them(command, tmp_path, kept):
+    item = {"id": "1", "lang": "en", "label": "harmful", "prompt": "How?", "response": "I can't.",
+            "verdict": "safe", "judge_raw": None}
+    (tmp_path / "o.items.jsonl").write_text(json.dumps(item) + "\n\n")
+    (tmp_path / "o.json").write_text(json.dumps(kept))
+    code, out, _ = command("--rejudge", tmp_path / "o.items.jsonl")
+    assert code == 0 and "unsafe" in out
+
+
+def test_a_file_that_is_not_there_is_one_line(command, tmp_path):
+    code, _, err = command("--data", tmp_path / "none.csv", "--lang", "xx,yy")
+    assert code == 2 and len(err.strip().splitlines()) == 1
