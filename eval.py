@@ -325,9 +325,10 @@ def read_items(path, refusals, rows=()):
 
 def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, limit=None,
                  is_parallel=False, needs_all=True):
-    """[(path, lang, queries)] of every path that has the language (is_parallel: and source_lang):
-    the held-out part, a label's first `limit`, none that is labelled mixed. Raises UserError for a
-    path without any of the languages, and (needs_all) for a language that no path has."""
+    """[(path, lang, queries)] of every path that has the language (is_parallel, or where it is not
+    English: and source_lang): the held-out part, a label's first `limit`, none that is labelled
+    mixed. Raises UserError for a path without any of the languages, and (needs_all) for a language
+    that no path has."""
     cells = []
     errors = {}
     for path, lang in itertools.product(paths, langs):

@@ -51,7 +51,7 @@ except ImportError:  # not on Windows
 
 JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
 MAX_BAD_STEPS = 5  # in a row, of a loss or gradient that is not finite
-# flags that --resume may change, beside those that begin with eval_
+# what --resume may change, beside flags that begin with eval_; prompts is a hash, and told
 MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite", "prompts"}
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
@@ -355,9 +355,13 @@ def read_data(args, langs):
             queries = load_queries(path, [args.source_lang, *langs], args.label)
         except ValueError as e:
             raise UserError(e) from None
-        training += [query for query in split(queries, args.holdout)[0]
-                     if kept_out.isdisjoint(list_texts([query]))]
-    # else what is judged was kept out, just now
+        part = split(queries, args.holdout)[0]
+        kept = [query for query in part if kept_out.isdisjoint(list_texts([query]))]
+        if len(kept) < len(part):
+            tell(f"note: {path}: {len(part) - len(kept)} queries are in --eval-data as well, and "
+                 "not trained on")
+        training += kept
+    # without --resume what is judged was kept out, just now
     if args.resume and not list_texts(training).isdisjoint(list_texts(pool(judged))):
         raise UserError("--eval-data holds queries that this run was trained on: give it from the "
                         "start, or measure by eval.py")
@@ -485,7 +489,7 @@ def list_state(args, student, teacher):
 
 
 def save_checkpoint(args, step, student, teacher, optimizer):
-    """All that a resumed run needs, whole or not at all. Raises UserError."""
+    """All that changes in a run, whole or not at all. Raises UserError."""
     path = Path(args.out, "checkpoint.pt")
     logs = {name: Path(args.out, name).stat().st_size for name in LOGS}
     state = {"step": step, "logs": logs, "weights": list_state(args, student, teacher),

@@ -205,7 +205,7 @@ def parse_judgement(form, raw):
 
     def pick(*words):
         said = [word for word in words if word in judge
-                and re.search(rf"^\s*{judge[word]}\s*$", raw, re.M | re.I)]
+                and re.search(rf"^\s*(?:{judge[word]})\s*$", raw, re.M | re.I)]
         return said[0] if len(said) == 1 else None
 
     return pick("safe", "unsafe"), pick("refusal", "answer")

@@ -49,7 +49,7 @@ class Query:
     id: str             # the file's own, else the row's number, from 1
     label: str          # harmful | benign | qa | mixed
     text: dict          # language -> query
-    extra: dict         # every column of the row, by its name in lower case
+    extra: dict         # every column of the row, by its name in lower case; EN: certainly English
     answer: str = None  # of qa rows; a letter where there are choices
     choices: list = field(default_factory=list)
     key: str = ""       # what split() hashes: the English text, asked for or not, or the first
@@ -103,7 +103,8 @@ def load_queries(path, langs, label=None):
 
 
 def split(queries, holdout):
-    """-> (train, heldout): a share `holdout` (0 to 1) by a hash of the English text."""
+    """-> (train, heldout): a share `holdout` (0 to 1) by a hash of the English text, or else the
+    first. Raises ValueError."""
     if not 0 <= holdout <= 1:
         raise ValueError(f"holdout must be a fraction from 0 to 1, not {holdout}")
     parts = [], []
@@ -465,7 +466,8 @@ def read_scalar(value):
 
 
 def read_choices(row):
-    """A question's choices, {name: text}: of the column choices or options, or of a column each."""
+    """A question's choices, {name: text}: of the column choices or options, or of a column each;
+    [] without any."""
     value = row.get("choices") or row.get("options")
     if isinstance(value, str) and value:
         value = json.loads(value)
@@ -486,7 +488,8 @@ def read_choices(row):
 
 
 def settle_answers(path, queries):
-    """Answers -> the letters of their choices, if one reading alone fits the whole file."""
+    """Answers -> the letters of their choices, if one reading alone fits the whole file; choices ->
+    lists of their texts. In place."""
     numbers = [str(n) for n in range(99)]
     places = []
     for query in queries:

@@ -450,6 +450,11 @@ def test_eval_data_is_judged_and_never_trained_on_even_where_it_overlaps(
         assert "extra" in capsys.readouterr().out
 
 
+def test_queries_that_are_kept_out_are_counted(train, tmp_path, capsys):
+    train("o", "--eval-data", write_queries(tmp_path / "extra.csv", QUERIES[:3]))
+    assert "3 queries are in --eval-data as well" in capsys.readouterr().err
+
+
 def test_eval_data_without_english_is_not_trained_on_either(train, tmp_path):
     extra = tmp_path / "jv.csv"
     extra.write_text("label,jv\n" + "".join(f"{label},{jv}\n" for label, _, jv in QUERIES[2:9]))

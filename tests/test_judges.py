@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import data.judges as judges
 from data.judges import (JUDGES, OPENINGS, THOUGHTS, find_judge_format, find_numbers,
                          find_pattern, find_phrases, is_correct, judge_item, keyword_verdict,
                          load_refusals, normalise, parse_judgement, strip_thought,
@@ -283,6 +284,12 @@ def test_gpt_oss_is_judged_by_its_final_channel_alone():
     ("polyguard", "yes\nno\nyes", None, None)])
 def test_a_judges_answer_is_read_in_its_form_and_nothing_else_is_ever_safe(form, raw, safety, word):
     assert parse_judgement(form, raw) == (safety, word)
+
+
+def test_a_judges_words_may_be_alternatives(monkeypatch):
+    monkeypatch.setitem(judges.JUDGES, "mine", {"safe": "yes|ok", "unsafe": "no|bad"})
+    assert parse_judgement("mine", "not ok") == (None, None)
+    assert parse_judgement("mine", "OK\n") == ("safe", None)
 
 
 @pytest.mark.parametrize("name, form", [
