@@ -685,6 +685,8 @@ def load_model(name, device, dtype):
         base = name
         revision = "main"
         adapter = find("adapter_config.json")
+        if not adapter and not find("config.json"):
+            raise ValueError("no folder of that name holds a model, and the hub gave none")
         if adapter:
             peft = need("peft", "load a LoRA adapter")
             config = peft.PeftConfig.from_pretrained(name)
