@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import eval as evaluation
-from data.judges import find_phrases, keyword_verdict, load_refusals
+from data.judges import find_phrases, keyword_verdict, load_refusals, read_json
 from data.queries import load_queries, normalise, split
 from dpsw import dpsw_loss_chunked
 from sample import (
@@ -445,7 +445,7 @@ def check_out(args):
     before = {}
     if "args.json" in files:
         with evaluation.told_in_a_line(out):
-            before = json.loads(Path(out, "args.json").read_text(encoding="utf-8"))
+            before = read_json(out / "args.json")
     args.kept_out = args.eval_data
     if args.resume:
         if "checkpoint.pt" not in files:
@@ -677,7 +677,7 @@ def main(args):
         rows, items = judge()
         base_rows, base_items = [], []
         if before.is_file():
-            base_rows, base_items = json.loads(before.read_text(encoding="utf-8"))
+            base_rows, base_items = read_json(before)
         evaluation.compare(rows, items, base_rows, base_items)
         print(f"\nheld-out queries before (base) and after {step} steps")
         evaluation.print_rates(rows, base_rows)

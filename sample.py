@@ -103,7 +103,7 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
                 if min(drawn) < 0:
                     raise UserError("the model's logits are not finite: its weights are broken, or "
                                     "its dtype is too narrow (try --dtype float32)")
-                logp = drawn  # where nobody asks
+                logp = [0.0] * len(rows)  # where nobody asks
                 if return_logprobs:
                     logp = (logits / (temperature or 1.0)).log_softmax(-1)  # (B, V)
                     logp = logp[range(len(rows)), token].tolist()
@@ -571,9 +571,8 @@ class Parser(argparse.ArgumentParser):
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 args = self.parse_args(argv)
-                for name in ("data", "eval_data"):
-                    files = getattr(args, name, None) or []
-                    if len(set(files)) < len(files):
+                for name, files in vars(args).items():
+                    if isinstance(files, list) and len(set(files)) < len(files):
                         raise UserError(f"--{name.replace('_', '-')} names a file twice")
                 main(args)
         except UserError as e:

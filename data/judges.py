@@ -105,7 +105,7 @@ def load_refusals(file=None):
             if not phrases or not all(find_letters(phrase) for phrase in phrases):
                 raise ValueError(f"{lang} has no phrase, or one without letters")
             refusals[lang.lower()] = refusals.get(lang.lower(), []) + phrases
-    except Exception as e:  # whatever else a file may hold
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as e:
         form = '{"language": ["phrase", …], …}'
         raise ValueError(f"--refusals {file}: no JSON file of the form {form}: {e}") from None
     return refusals
@@ -184,10 +184,12 @@ def keyword_verdict(response, query_text, phrases):
 
 def find_judge_format(judge):
     """The format that a judge's name says. Raises ValueError, a line."""
-    found = re.findall("|".join(JUDGES), re.sub("[^a-z0-9]", "", judge.lower()))
-    if not found:
-        raise ValueError(f"--judge {judge}: give --judge-format, one of {', '.join(JUDGES)}")
-    return found[-1]  # its own name says more than its folder's
+    for part in reversed(Path(judge).parts):  # its own name says more than its folder's
+        name = re.sub("[^a-z0-9]", "", part.lower())
+        for known in JUDGES:
+            if known in name:
+                return known
+    raise ValueError(f"--judge {judge}: give --judge-format, one of {', '.join(JUDGES)}")
 
 
 def write_judge_turns(form, item):

@@ -475,15 +475,18 @@ def read_choices(row):
         if {"label", "text"} - set.intersection(*map(set, value)):
             raise ValueError("choices need a label and a text each")
         value = {name: [one[name] for one in value] for name in ("label", "text")}
-    if isinstance(value, (list, dict)) and len(value) > len(LETTERS):
-        raise ValueError(f"more than {len(LETTERS)} choices")
     if isinstance(value, list):
-        value = dict(zip(LETTERS, value))
+        value = {"text": value}
     if not isinstance(value, dict):
         value = {name[-1]: row[name] for name in row if re.fullmatch(CHOICE, name)}
     if "text" in value:
-        value = dict(zip(value.get("label", LETTERS), value["text"]))
+        names = value.get("label", LETTERS)
+        if len(value["text"]) > len(names):
+            raise ValueError("more choices than letters or labels")
+        value = dict(zip(names, value["text"]))
     choices = {str(name).upper(): read_scalar(text) for name, text in value.items() if clean(text)}
+    if len(choices) > len(LETTERS):
+        raise ValueError("more choices than letters")
     return choices if len(choices) > 1 else []
 
 

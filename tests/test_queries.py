@@ -449,8 +449,13 @@ def test_choices_are_read_in_every_form_and_0_is_one(write, columns):
         assert (query.choices, query.answer) == (["red", "0", "blue"], letter)
 
 
-def test_more_choices_than_letters_are_skipped_and_told(write):
-    rows = [{"en": "Which?", "answer": "x30", "choices": {f"x{i}": f"word {i}" for i in range(40)}},
+@pytest.mark.parametrize("choices", [
+    {f"x{i}": f"word {i}" for i in range(40)}, [f"word {i}" for i in range(40)],
+    {"label": [f"x{i}" for i in range(40)], "text": [f"word {i}" for i in range(40)]},
+    [{"label": f"x{i}", "text": f"word {i}"} for i in range(40)]],
+    ids=["names", "list", "lists", "objects"])
+def test_more_choices_than_letters_are_skipped_and_told(write, choices):
+    rows = [{"en": "Which?", "answer": "x30", "choices": choices},
             {"en": "Why?", "answer": "B", "choices": ["red", "green"]}]
     [query] = load_queries(write("choices.jsonl", rows), ["en"], label="qa")
     assert query.answer == "B"
