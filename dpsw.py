@@ -110,7 +110,7 @@ def diverge(student_logp, teacher_logp, options):
         return kl(student_logp, teacher_logp)
     if options["divergence"] == "forward":  # mass-covering
         return kl(teacher_logp, student_logp)
-    beta = options["beta"]
+    beta = options["beta"]  # jsd
     mix_logp = torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log1p(-beta))
     return beta * kl(teacher_logp, mix_logp) + (1 - beta) * kl(student_logp, mix_logp)
 

@@ -337,8 +337,9 @@ def make_optimizer(args, student):
 # --- what a run reads ---
 
 def read_data(args, langs):
-    """(the queries to judge, cells (path, language, queries), the queries to train on): those of
-    --data that are not held out, nor in --eval-data. Raises UserError."""
+    """(what is judged, what is trained on): cells (path, language, queries) of --eval-data and of
+    what is held out of --data; the other queries of --data, but for those that are in --eval-data
+    as well. Raises UserError."""
     asked = evaluation.split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
     read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
                              needs_all=not (args.eval_data or args.kept_out))
@@ -416,7 +417,10 @@ def preflight(args, student, teacher, tokenizer, template, pools):
     refusals = load_refusals()
     for (lang, label), batch in groups.items():
         batch = batch[:args.preflight]
-        phrases = find_phrases(lang, refusals) or refusals["en"]
+        phrases = find_phrases(lang, refusals)
+        if not phrases:
+            tell(f"warning: no refusal phrases for {lang}: no preflight in it")
+            continue
 
         def ask(model, prompts):
             room = find_context(model) - max(map(len, prompts))

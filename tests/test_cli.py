@@ -604,6 +604,16 @@ def test_the_preflight_asks_a_sample_that_the_seed_chooses_and_both_sides_the_sa
     assert first[0] == first[1] and first[2] == first[3]
 
 
+def test_a_language_without_refusal_phrases_has_no_preflight_and_a_warning(
+        train, tmp_path, capsys):
+    data = write_queries(tmp_path / "hi.csv")
+    data.write_text(data.read_text().replace("jv", "hi"))
+    train("o", *JUDGED, "--preflight", 3, "--lang", "hi,en", "--eval-max-new-tokens", 1, data=data)
+    told = capsys.readouterr()
+    assert "preflight en: of 3 harmful" in told.out and "preflight hi" not in told.out
+    assert "warning: no refusal phrases for hi: no preflight in it" in told.err
+
+
 def test_without_eval_every_nothing_is_asked_and_nothing_judged(train, monkeypatch, capsys):
     for name in ("answer", "evaluate"):
         monkeypatch.setattr(msd.evaluation, name, lambda *args, **options: 1 / 0)
