@@ -31,6 +31,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -303,29 +304,20 @@ def copy_frozen(model):
 
 
 def enable_grad_checkpoint(model):
-    """Recompute a layer's activations in the backward pass. transformers asks for training mode:
-    only the layers that checkpoint get it, not their parts, and not while they run, so that dropout
-    stays off."""
-    with evaluation.told_in_a_line("give --no-grad-checkpoint"):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={
-            "use_reentrant": False, "preserve_rng_state": False})  # nothing is random: no dropout
-    for module in model.modules():
-        module.training = isinstance(module, GradientCheckpointingLayer)
-        if module.training:
-            module._gradient_checkpointing_func = functools.partial(
-                checkpoint_layer, module, module._gradient_checkpointing_func)
+    """Recompute a layer's activations in the backward pass. Not by transformers' own switch, which
+    asks for training mode, and so for dropout. Raises UserError."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if not layers:
+        raise UserError("this model has no layers to checkpoint: give --no-grad-checkpoint")
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint_layer, layer.forward)
 
 
-def checkpoint_layer(layer, checkpoint, forward, *args):
-    """Run a layer under its checkpoint, back in evaluation mode: some (OPT's, Falcon's) drop by the
-    layer's own mode."""
-    def run(*args):
-        layer.training = False
-        try:
-            return forward(*args)
-        finally:
-            layer.training = True
-    return checkpoint(run, *args)
+def checkpoint_layer(forward, *args, **kwargs):
+    """A layer's forward pass, run once more in the backward pass."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)  # checkpoint would be slower
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
 
 def make_optimizer(args, student):
