@@ -23,8 +23,8 @@ import torch
 from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find_phrases,
                          is_correct, judge_item, load_refusals, parse_judgement, read_json,
                          strip_thought, write_judge_turns)
-from data.queries import load_queries, split
-from sample import (Parser, UserError, add_model_flags, encode_chat, encode_turns,
+from data.queries import load_queries, normalise, split
+from sample import (HERE, Parser, UserError, add_model_flags, encode_chat, encode_turns,
                     fill_template, find_context, find_device, find_path, find_process,
                     find_stop_ids, find_vocab_size, gather, load_model, need, number, positive,
                     read_template, sample, tell)
@@ -104,7 +104,8 @@ def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, s
             if query.label == "qa":
                 right = is_correct(text, query.answer, query.choices)
                 item["verdict"] = "correct" if right else "wrong"
-            file.write(format_item(item))
+            with told_in_a_line(f"cannot write {keep}"):
+                file.write(format_item(item))
 
     measure(rows, items, refusals)
     return rows, items
@@ -307,7 +308,7 @@ def read_items(path, refusals, rows=()):
     """(rows, items) of a FILE.items.jsonl, judged by keyword. rows: as they were, if they were of
     these items. Raises UserError."""
     with told_in_a_line(f"--rejudge {path}"):
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             items = [{**json.loads(line), "judge_raw": None} for line in file if line.strip()]
         if not items:
             raise ValueError("holds no answers")
@@ -327,9 +328,10 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
                  is_parallel=False, needs_all=True):
     """[(path, lang, queries)] of every path that has the language (is_parallel, or where it is not
     English: and source_lang): the held-out part, a label's first `limit`, none that is labelled
-    mixed. Raises UserError for a path without any of the languages, and (needs_all) for a language
-    that no path has."""
+    mixed. Raises UserError for a path without any of the languages or with the same texts in two,
+    and (needs_all) for a language that no path has."""
     cells = []
+    known = {}
     errors = {}
     for path, lang in itertools.product(paths, langs):
         # a query is held out by its text in English, or else in the source language: as in training
@@ -339,6 +341,13 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         except ValueError as e:
             errors.update({path: e, lang: e})
             continue
+        texts = [query.text[lang] for query in queries]
+        if known.setdefault((path, *texts), lang) != lang:
+            raise UserError(f"{path} names no language: say whose it is, as {lang}={path}")
+        by_own_text = queries[0].key == normalise(texts[0])
+        if 0 < holdout < 1 and by_own_text and lang not in ("en", source_lang):
+            tell(f"warning: {path}: {lang} has no English, and is held out by its own text: what "
+                 "was trained on beside its English may be judged here")
         queries = split(queries, holdout)[1]
         kept = []
         for judged in MAIN_RATE:
@@ -379,7 +388,7 @@ def answer_all(args, refusals):
     if args.holdout is None:
         args.holdout = run["holdout"]
     args.lang = split_langs(args.lang or f"{run['lang']} {run['source_lang']}")
-    args.data = args.data or [find_path("data/queries.csv")]
+    args.data = args.data or [str(HERE / "data/queries.csv")]
 
     template = read_template(args.wrap, "--wrap") if args.wrap else "{query}"
     cells = read_heldout(args.data, args.lang, source_lang=run["source_lang"], label=args.label,

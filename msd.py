@@ -381,17 +381,22 @@ def make_pools(args, model, tokenizer, template, langs, queries):
     lead = 16  # tokens around the judgement of --cot-tokens
     room = find_context(model) - args.max_new_tokens - args.cot_tokens - lead
     pools = {"benign": [], "other": []}
+    differ = args.cot_tokens > 0
     digest = hashlib.sha256()
     for query, lang in itertools.product(queries, langs):
         texts = query.text[lang], fill_template(template, query, lang, args.source_lang)
         prompts = [encode_chat(tokenizer, text, args.system) for text in texts]
         digest.update(str(prompts).encode())
+        differ = differ or prompts[0] != prompts[1]
         if max(map(len, prompts)) <= room:
             pools["benign" if query.label in ("benign", "qa") else "other"].append((query, lang))
     args.prompts = digest.hexdigest()
     kept = sum(map(len, pools.values()))
     if skipped := len(queries) * len(langs) - kept:
         tell(f"note: {skipped} queries do not fit the model's context: skipped")
+    if not differ:
+        tell("warning: student and teacher see the same: there is nothing to learn; another "
+             "--teacher-prompt is needed")
     if not kept:
         raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or "
                         "give more --data (what is in --eval-data is never trained on)")
@@ -437,7 +442,7 @@ def check_out(args):
     """Refuse to write over what is there, or to resume with other flags; under --resume keep out of
     training what was kept out -> args.json as it was. Raises UserError."""
     out = Path(args.out)
-    files = {path.name for path in out.glob("*")}
+    files = {path.name for path in out.glob("*") if path.suffix != ".tmp"}
     before = {}
     if "args.json" in files:
         with evaluation.told_in_a_line(out):
@@ -451,26 +456,26 @@ def check_out(args):
             if name not in MAY_CHANGE and name[:5] != "eval_" and before.get(name) != value:
                 raise UserError(f"--resume: --{name.replace('_', '-')} is {value}, and was "
                                 f"{before.get(name)} in {out}/args.json")
-    elif files - {"args.json", "before.json"}:  # a run that made no step may begin again
+    elif files - {"args.json", "before.json", *LOGS}:  # a run without a checkpoint begins again
         if "kept_out" not in before:
             raise UserError(f"--out {out} is there and is no run of msd.py: name another")
-        if find_path(args.out) == args.model:
-            raise UserError(f"--out {out} is the model that is to be trained: name another")
+        for path in (args.model, *args.data, *args.eval_data):
+            if f"{out.resolve()}/" in f"{path}/":
+                raise UserError(f"--out {out} holds what is to be read, {path}: name another")
         if not args.overwrite:
             raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
     return before
 
 
 def start_out(args, before):
-    """Make --out with its args.json; what is there of an earlier run goes, but under --resume."""
+    """Make --out with its args.json; the files of an earlier run go, but under --resume."""
     if RANK:
         return
     if not args.resume:
         with evaluation.told_in_a_line(f"cannot empty {args.out}"):
+            shutil.rmtree(Path(args.out, "saving"), ignore_errors=True)
             for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
-                if old.is_dir() and not old.is_symlink():
-                    shutil.rmtree(old)
-                else:
+                if not old.is_dir():  # what lies deeper is not of a run
                     old.unlink()
     elif before.get("prompts") != args.prompts:
         tell("note: the prompts are not those that the run began with: the data, a template or the "
@@ -543,7 +548,8 @@ answer. It was judged by the tables of its own run alone: measure it on your own
 
 def append_line(args, name, row):
     """A line more in a .jsonl file of --out; what is not finite becomes null."""
-    with open(Path(args.out, name), "a", encoding="utf-8") as f:
+    path = Path(args.out, name)
+    with evaluation.told_in_a_line(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
         row = {name: to_json(x) for name, x in row.items()}
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -634,7 +640,7 @@ def complete(args):
         raise UserError("--divergence jsd is 0 at --beta 0 and 1: take forward or reverse")
     if args.eval_lang is None:
         args.eval_lang = "" if args.data or args.eval_data else "sw"
-    args.data = args.data or [find_path("data/queries.csv")]
+    args.data = args.data or [str(HERE / "data/queries.csv")]
     args.out = args.out or f"out/{'-'.join(langs)}"
     args.eval_max_new_tokens = args.eval_max_new_tokens or max(32, args.max_new_tokens)
     return langs

@@ -30,7 +30,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import cached_file
 
 os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken caches by path alone: it would read a stale file
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 PROMPTS = HERE / "data" / "prompts"
 LANGUAGES = json.loads((PROMPTS / "languages.json").read_text(encoding="utf-8"))
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
@@ -506,6 +506,9 @@ def read_template(name, flag="--teacher-prompt"):
         raise UserError(f"{flag} {name}: neither a readable file nor one of {names}") from None
     if not re.search(r"\{query(_en)?\}", text):
         raise UserError(f"{flag} {name}: names neither {{query}} nor {{query_en}}")
+    if unknown := set(re.findall(r"\{(\w+)\}", text)) - {"query", "query_en", "language"}:
+        raise UserError(f"{flag} {name}: there is no {{{max(unknown)}}}: only query, query_en and "
+                        "language are filled in")
     return text
 
 
@@ -513,7 +516,7 @@ def fill_template(template, query, lang, source):
     """Fill {query} (in `lang`), {query_en} (in `source`) and {language}; what a query itself spells
     is not filled in again."""
     values = {"query": query.text[lang], "query_en": query.text.get(source),
-              "language": LANGUAGES.get(lang.split("-")[0], lang)}  # zh-CN is Chinese
+              "language": LANGUAGES.get(re.split("[-_]", lang)[0], lang)}  # zh-CN is Chinese
     return re.sub(r"\{(query|query_en|language)\}", lambda m: values[m[1]], template)
 
 
@@ -589,6 +592,7 @@ class Parser(argparse.ArgumentParser):
             raise
         except BrokenPipeError:  # as in `… | head`; nor may what is buffered fail at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self.exit(141)  # as of SIGPIPE: the work was not done
 
 
 def words(text):
@@ -615,7 +619,7 @@ natural = number(0, kind=int)
 def add_model_flags(parser):
     """The flags that every program here shares."""
     parser.add_flags(
-        ("--model", find_path, "data/tiny", "a folder or a Hugging Face id"),
+        ("--model", find_path, str(HERE / "data/tiny"), "a folder or a Hugging Face id"),
         ("--system", words, None, "the system turn (default: the template's own)"),
         ("--device", str, "auto", "auto: a GPU where there is one"),
         ("--dtype", ["auto", "float32", "bfloat16"], "auto", "auto: bfloat16 where a GPU has it"),
@@ -731,7 +735,7 @@ def main(args):
 
     def ask():
         try:
-            return words(input("> " if sys.stdin.isatty() else ""))
+            return words(input("> " if sys.stdin.isatty() else "")).removesuffix("\r")
         except UnicodeError:
             raise UserError("what was typed is not UTF-8") from None
     with contextlib.suppress(EOFError):

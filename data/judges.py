@@ -114,7 +114,7 @@ def load_refusals(file=None):
 def find_phrases(lang, refusals):
     """The phrases of `lang` (of zh for zh-CN) and of English, which models fall back to; None where
     `lang` has none."""
-    own = refusals.get(lang) or refusals.get(re.split("[-_]", lang)[0])
+    own = refusals.get(lang, []) + refusals.get(re.split("[-_]", lang)[0], [])
     if own:
         return list(dict.fromkeys(own + refusals["en"]))
 
@@ -243,8 +243,8 @@ def is_correct(response, answer, choices=()):
         last = chr(64 + min(26, len(choices)))
         word = rf"[^\W{JOINED}]"
         small = f"[a-{last.lower()}]"  # a letter only where it is no word
-        letters = (rf"(?<!{word})[A-{last}](?!{word})|(?<=\(){small}(?=\))|"
-                   rf"\A{small}(?=[\s.。]*\Z)")
+        letters = (rf"(?<!{word})[A-{last}](?!['’]?{word})|(?<=\(){small}(?=\))|"
+                   rf"\A{small}(?=\))|(?:\A|(?<=: )){small}(?=[\s.。]*\Z)")
         response = response.translate({0xFEE0 + i: i for i in range(33, 127)})  # Ｂ is B
         return re.findall(letters, response)[:1] in ([answer], [answer.lower()])
 

@@ -30,6 +30,8 @@ LINES = "\x1f"             # the delimiter of a file without one
 # names of columns, with one blank around them or none; but "Yes, please" is a query
 HEADER = r'(?!\w+, ) ?[\w"=-]* ?(?:([\t,;|]) ?[\w"=-]* ?)+'
 LABEL_COLUMNS = ("label", "expected_behavior")
+LANGUAGE_COLUMNS = ("language", "lang", "language_code", "lang_code", "prompt_language", "locale")
+ROW_NUMBERS = {"id": "id", "prompt_id": "id", "no": "no"}  # unless they hold Indonesian, Norwegian
 LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>qa)"
 JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
@@ -37,7 +39,7 @@ CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
 ROW_ID = r"(\S+\s)?\S*\d\S*"  # as 17, q17 or row 17
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 # columns that hold no texts; pandas' index has no name
-NO_TEXT = "lang|language|label|expected_behavior|answer|choices|options|.*id|unnamed.*|"
+NO_TEXT = "|".join([*LANGUAGE_COLUMNS, *LABEL_COLUMNS, "answer|choices|options|.*id|unnamed.*|"])
 TOLD = set()
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
@@ -70,8 +72,9 @@ def load_queries(path, langs, label=None):
                          f"qa: not {langs} and {str(label)[:60]!r}")
     rows = read_parallel(path, langs)
     columns = find_columns(rows)
-    texts = {lang: find_own(columns, lang) for lang in [*langs, "en"]}
-    texts["en"] = texts["en"] or next((name for name in ALIASES if name in columns), None)
+    texts = {lang: find_own(path, columns, lang) for lang in [*langs, "en"]}
+    if not texts["en"]:
+        texts["en"] = find_one(path, [name for name in columns if name in ALIASES], "en")
     for lang in langs:
         if not texts[lang]:
             raise fail(path, f"no column for language {lang}: found {', '.join(columns)[:150]}; "
@@ -244,7 +247,8 @@ def read_parallel(path, langs):
         raise fail(path, f"name one file for each of {', '.join(langs)}, and none twice")
 
     parts = [read_file(file, [lang], is_named=True) for lang, file in files.items()]
-    keys = find_keys(["id"], parts)
+    keys = find_keys([name for name in find_columns(parts[0]) if name.endswith("id")], parts)
+    keys = ["id"] if "id" in keys else keys[:1]
     ids = [[clean(row.get("id")) for row in part] for part in parts]
     counts = [len(cells) for cells in ids]
     known = {tuple(cells) for cells in ids if any(cells)}
@@ -252,7 +256,7 @@ def read_parallel(path, langs):
         raise fail(path, f"unmatched ids, or numbers of rows ({counts}): give each row an id that "
                          "is once in every file")
     if len(parts) > 1:
-        how = "on id" if keys else "by position: not every file has an id that is unique"
+        how = f"on {keys[0]}" if keys else "by position: they share no unique id"
         tell(path, f"joined {how}")
     return join(parts, keys, list(files).index(langs[-1].lower()))
 
@@ -274,17 +278,18 @@ def read_file(path, langs, is_named=False):
     rows = [{name.strip().lower(): cell for name, cell in row.items()} for row in rows]
 
     columns = find_columns(rows)
-    language = "language" if "language" in columns else "lang"
-    if language in columns and not all(find_own(columns, lang) for lang in langs):
+    language = next((name for name in LANGUAGE_COLUMNS if name in columns), None)
+    if language and not all(find_own(path, columns, lang) for lang in langs):
         return widen(path, rows, columns, langs, language)
     if is_named or len(langs) == 1 and BARE in columns:
         move(rows, find_text(path, columns, langs[0]), langs[0])
-    elif not find_own(columns, "id"):
-        cells = list(filter(None, (clean(row.get("id")) for row in rows)))
-        ids = "".join(cells)
-        is_text = re.search(r"\s", ids) or "id" in langs and re.fullmatch(r"\D+", ids)
+        return rows
+    for column, lang in ROW_NUMBERS.items():
+        cells = list(filter(None, (clean(row.get(column)) for row in rows)))
+        text = "".join(cells)
+        is_text = re.search(r"\s", text) or lang in langs and re.fullmatch(r"\D+", text)
         if is_text and not all(re.fullmatch(ROW_ID, cell) for cell in cells):
-            move(rows, "id", "id")  # Indonesian, not row ids
+            move(rows, column, lang)
     return rows
 
 
@@ -322,8 +327,7 @@ def widen(path, rows, columns, langs, language):
     parts = list(groups.values())
     keys = find_keys([name for name in columns if name.endswith("id")], parts)
     if len(keys) == 1:
-        rows = join(parts, keys, list(groups).index(langs[-1]))
-        return [{"id": row[keys[0]], **row} for row in rows]
+        return join(parts, keys, list(groups).index(langs[-1]))
     if len(langs) > 1:
         raise fail(path, "its rows are joined on the one column ending in id that is unique in "
                          f"each language and the same in all: that is true of {keys}")
@@ -358,6 +362,8 @@ def join(parts, keys, own):
                 row[column] = f"differs: {', '.join(labels)}"
             elif labels:
                 row[column] = labels[0]
+        if keys:
+            row.setdefault("id", key)
         joined.append(row)
     return joined
 
@@ -375,15 +381,25 @@ def read_code(name):
     return CODES.get(name, name)
 
 
-def find_own(columns, lang):
-    """The column that names its language, or None. `id` is of row ids."""
-    own = [name for name in sorted(columns) if name != "id" and read_code(name) == lang.lower()]
-    return min(own, key=len, default=None)
+def find_own(path, columns, lang):
+    """The column that names its language, or None."""
+    if lang.upper() in columns:  # for certain, see move
+        return lang.upper()
+    own = [name for name in columns if name not in ROW_NUMBERS and read_code(name) == lang.lower()]
+    return find_one(path, own, lang)
+
+
+def find_one(path, columns, lang):
+    """The one column of columns, None of none. ValueError for several."""
+    if len(columns) > 1:
+        raise fail(path, f"each of {', '.join(columns)[:150]} may be {lang}: leave one, called "
+                         f"{lang}")
+    return columns[0] if columns else None
 
 
 def find_text(path, columns, lang, hint="translat"):
     """The column of texts where the language is known."""
-    own = find_own(columns, lang)
+    own = find_own(path, columns, lang)
     translated = [name for name in columns if "translated" in name]
     if own or len(translated) == 1 and lang != "en":
         return own or translated[0]

@@ -532,7 +532,8 @@ def test_the_patterns_are_written_as_the_text_is_that_they_meet(part):
         assert not re.match(f"(?:{pattern})$", ""), pattern
 
 
-@pytest.mark.parametrize("response", ["b", "b.", "(b) green", "Ｂ", r"\text{B}", r"\boxed{B}", "答案：B。"])
+@pytest.mark.parametrize("response", ["b", "b.", "(b) green", "Ｂ", r"\text{B}", r"\boxed{B}", "答案：B。",
+                                      "b) green", "Answer: b", "C'est la réponse B."])
 def test_a_choices_letter_is_known_in_other_forms(response):
     assert is_correct(response, "B", ["red", "green", "blue"])
     assert not is_correct(response, "A", ["red", "green", "blue"])
@@ -542,3 +543,9 @@ def test_a_choices_letter_is_known_in_other_forms(response):
 def test_a_small_letter_in_a_sentence_is_a_word(response):
     assert not is_correct(response, "A", ["red", "green"])
     assert not is_correct(response, "B", ["red", "green"])
+
+
+def test_phrases_of_a_region_are_added_to_its_languages():
+    refusals = {"en": ["no"], "zh": ["我不能"], "zh-tw": ["我無法"]}
+    assert find_phrases("zh-tw", refusals) == ["我無法", "我不能", "no"]
+    assert find_phrases("zh", refusals) == find_phrases("zh-cn", refusals) == ["我不能", "no"]

@@ -95,15 +95,20 @@ def test_a_line_separator_inside_a_json_string_ends_no_line(write):
 
 @pytest.mark.parametrize("columns, lang, chosen", [
     (["goal", "instruction", "prompt", "en"], "en", "en"),
-    (["goal", "instruction", "prompt"], "en", "prompt"),
     (["target", "Goal"], "en", "Goal"),
-    (["prompt_sw", "sw", "prompt"], "sw", "sw"),
     (["prompt_sw", "prompt"], "sw", "prompt_sw"),
+    (["goal", "instruction", "sw"], "en", None),
+    (["en", "English", "sw"], "en", None),
+    (["prompt_sw", "sw", "prompt"], "sw", None),
 ])
-def test_columns_go_by_their_aliases_in_order(write, columns, lang, chosen):
+def test_columns_go_by_their_aliases_and_two_readings_are_refused(write, columns, lang, chosen):
     cells = ",".join(f"the {name}" for name in columns)
     path = write("a.csv", ",".join(columns) + "\n" + cells + "\n")
-    assert load_queries(path, [lang])[0].text == {lang: f"the {chosen}"}
+    if chosen:
+        assert load_queries(path, [lang])[0].text == {lang: f"the {chosen}"}
+        return
+    with pytest.raises(ValueError, match=f"{columns[0].lower()}, .* may be {lang}"):
+        load_queries(path, [lang])
 
 
 CHATS = [
@@ -819,3 +824,33 @@ def test_a_question_whose_choices_or_answer_are_not_understood_is_skipped_and_to
     rows = [{"en": "Which?", **row}, {"en": "Where?", "answer": "Paris"}]
     [query] = load_queries(write("a.jsonl", rows), ["en"], label="qa")
     assert query.answer == "Paris" and "1 skipped" in capsys.readouterr().err
+
+
+def test_ids_are_no_indonesian_and_row_numbers_no_norwegian(write):
+    path = write("a.csv", "prompt_id,language,prompt\n17,en,Hello?\n17,id,Halo?\n")
+    [query] = load_queries(path, ["id"])
+    assert query.text == {"id": "Halo?"} and query.id == "17" and query.key == "Hello?"
+    assert "no column for language id" in error(
+        write("b.csv", "prompt_id,en\na1,Hello?\n"), ["en", "id"])
+    numbered = write("c.csv", "No,en,nb\n1,Hello?,Hei?\n")
+    assert "no column for language no" in error(numbered, ["en", "no"])
+    spoken = write("d.csv", "en,prompt_id,no\nHello?,Apa kabar?,Hei du?\n")
+    assert texts(load_queries(spoken, ["en", "id", "no"]), "id") == ["Apa kabar?"]
+    assert texts(load_queries(spoken, ["no"]), "no") == ["Hei du?"]
+
+
+@pytest.mark.parametrize("name", ["prompt_id", "qid", "uuid"])
+def test_a_file_a_language_is_joined_on_the_id_that_they_share_whatever_it_is_called(
+        write, capsys, name):
+    english = write("en.csv", f"{name},en\n1,Hello?\n2,Goodbye?\n")
+    swahili = write("sw.csv", f"{name},sw\n2,Kwaheri?\n1,Habari?\n")
+    queries = load_queries(f"en={english},sw={swahili}", ["en", "sw"])
+    assert texts(queries, "sw") == ["Habari?", "Kwaheri?"] and ids(queries) == ["1", "2"]
+    assert f"joined on {name}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["language_code", "lang_code", "locale", "prompt_language"])
+def test_a_column_of_languages_is_known_by_its_other_names(write, name):
+    path = write("a.csv", f"prompt,{name},row_id\nHello?,en,1\nHabari?,sw,1\n")
+    assert texts(load_queries(path, ["en"]), "en") == ["Hello?"]
+    assert texts(load_queries(path, ["sw"]), "sw") == ["Habari?"]
