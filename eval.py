@@ -377,7 +377,7 @@ def name_items(out):
 def answer_all(args, refusals):
     """Yield (rows, items) of --model, then of --base. What --model was trained with is found in its
     args.json. Raises UserError."""
-    run = {"lang": "", "source_lang": "en", "holdout": 0.2}
+    run = {"lang": "", "source_lang": "en", "holdout": 0.2, "system": args.system}
     path = Path(args.model, "args.json")
     with told_in_a_line(path):
         if path.is_file():
@@ -385,6 +385,9 @@ def answer_all(args, refusals):
             if "source_lang" in found:  # else another program's
                 run.update(found)
         trained = split_langs(run["lang"])
+    if run["system"] != args.system:
+        tell(f"note: {args.model} was trained with --system {run['system']}, is asked with "
+             f"{args.system}")
     if args.holdout is None:
         args.holdout = run["holdout"]
     args.lang = split_langs(args.lang or f"{run['lang']} {run['source_lang']}")

@@ -456,13 +456,14 @@ def check_out(args):
             if name not in MAY_CHANGE and name[:5] != "eval_" and before.get(name) != value:
                 raise UserError(f"--resume: --{name.replace('_', '-')} is {value}, and was "
                                 f"{before.get(name)} in {out}/args.json")
-    elif files - {"args.json", "before.json", *LOGS}:  # a run without a checkpoint begins again
+    elif files:
         if "kept_out" not in before:
             raise UserError(f"--out {out} is there and is no run of msd.py: name another")
         for path in (args.model, *args.data, *args.eval_data):
             if f"{out.resolve()}/" in f"{path}/":
                 raise UserError(f"--out {out} holds what is to be read, {path}: name another")
-        if not args.overwrite:
+        # a run without a checkpoint begins again
+        if files - {"args.json", "before.json", *LOGS} and not args.overwrite:
             raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
     return before
 

@@ -614,6 +614,16 @@ def test_a_language_without_refusal_phrases_has_no_preflight_and_a_warning(
     assert "warning: no refusal phrases for hi: no preflight in it" in told.err
 
 
+def test_where_both_see_the_same_there_is_nothing_to_learn_and_a_warning(train, tmp_path, capsys):
+    (tmp_path / "same.txt").write_text("{query}")
+    out = train("o", "--teacher-prompt", tmp_path / "same.txt", steps=1)
+    assert read_log(out)[0]["divergence"] == 0
+    assert "warning: student and teacher see the same" in capsys.readouterr().err
+    train("p", "--teacher-prompt", tmp_path / "same.txt", "--cot-tokens", 2, steps=1)
+    train("q", steps=1)
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_without_eval_every_nothing_is_asked_and_nothing_judged(train, monkeypatch, capsys):
     for name in ("answer", "evaluate"):
         monkeypatch.setattr(msd.evaluation, name, lambda *args, **options: 1 / 0)
@@ -910,13 +920,14 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(train, capsy
     train("o", "--save-every", 1, "--resume", steps=2)
 
 
-@pytest.mark.parametrize("size", [1 << 17, 1 << 18])  # the tokenizer's file, the weights
-def test_a_disk_that_fills_up_at_the_end_is_one_line(train, capsys, size):
+@pytest.mark.parametrize("size, says", [  # a log, the tokenizer's file, the weights
+    (1 << 12, ".jsonl: OSError"), (1 << 17, "cannot save in"), (1 << 18, "cannot save in")])
+def test_a_disk_that_fills_up_is_one_line(train, capsys, size, says):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        assert "cannot save in" in fail(capsys, lambda: train("o", "--save-every", 0))
+        assert says in fail(capsys, lambda: train("o", "--save-every", 0, steps=9))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
@@ -933,8 +944,34 @@ def test_a_run_in_use_is_not_written_over_and_overwrite_replaces_it(train, capsy
         line = fail(capsys, lambda: train("o"))
     assert "in use" in line and "--resume" in line and "--overwrite" in line
     assert take_digest(out) == before
+    (out / "merged").mkdir()
+    (out / "merged" / "notes.txt").write_text("no run's")
     train("o", "--overwrite", steps=1)
     assert len(read_log(out)) == 1 and not (out / "notes.txt").exists()
+    assert (out / "merged" / "notes.txt").read_text() == "no run's"
+
+
+def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(train):
+    out = train("o")
+    for path in out.iterdir():
+        if path.name not in ("args.json", "metrics.jsonl", "samples.jsonl"):
+            path.unlink()
+    (out / "args.json.tmp").write_text("{")
+    assert len(read_log(train("o"))) == 2
+    for path in out.iterdir():
+        path.unlink()
+    (out / "args.json.tmp").write_text("{")
+    assert len(read_log(train("o"))) == 2
+
+
+def test_what_is_to_be_read_is_not_overwritten(train, folder, capsys):
+    out = train("o")
+    shutil.copytree(folder, out / "m")
+    data = write_queries(out / "q.csv")
+    before = take_digest(out)
+    for flags in (["--model", out / "m"], ["--data", data], ["--eval-data", f"jv={data}"]):
+        assert "is to be read" in fail(capsys, lambda: train("o", "--overwrite", *flags))
+    assert take_digest(out) == before
 
 
 FOREIGN = {
@@ -942,7 +979,7 @@ FOREIGN = {
     "a folder of folders": {"deep/thesis.txt": "all of it"},
     "a model": {"config.json": "{}", "model.safetensors": "weights"},
     "another program's flags": {"args.json": '{"lr": 1}', "thesis.txt": "all of it"},
-    "another program's log": {"metrics.jsonl": '{"step": 1}\n', "thesis.txt": "all of it"},
+    "another program's log": {"metrics.jsonl": '{"step": 1}\n'},
 }
 
 

@@ -714,6 +714,26 @@ def test_a_language_that_one_file_lacks_is_noted_and_one_that_all_lack_is_an_err
             read_heldout(paths, langs)
 
 
+def test_a_file_that_names_no_language_is_of_one_language(tmp_path):
+    path = tmp_path / "q.txt"
+    path.write_text("How do I bake?\nHow do I cook?\n")
+    assert len(read_heldout([str(path)], ["sw"], holdout=1)) == 1
+    with pytest.raises(UserError, match=f"names no language.* sw={path}"):
+        read_heldout([str(path)], ["en", "sw"], holdout=1)
+
+
+def test_what_is_held_out_by_its_own_text_is_warned_of(folders, tmp_path, capsys):
+    (tmp_path / "jv.csv").write_text("label,jv\nharmful,Piye?\nharmful,Apa?\n")
+    path = str(tmp_path / "jv.csv")
+    tell.cache_clear()
+    read_heldout([path], ["jv"], holdout=1)
+    read_heldout([str(folders / "q.csv")], ["jv", "en"], holdout=0.5)
+    read_heldout([path], ["jv"], source_lang="jv", holdout=0.5)
+    assert "warning" not in capsys.readouterr().err
+    read_heldout([path], ["jv"], holdout=0.5)
+    assert "warning" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, says", [
     (["--model", "no/such-model"], "cannot load a model"),
     (["--model", "{root}/broken"], "not finite"),
@@ -786,6 +806,15 @@ def test_a_judge_whose_words_are_of_another_form_is_warned_of(script, tokenizer,
         assert ("--judge-format" in capsys.readouterr().err) == (said == "safe")
 
 
+def test_a_model_that_was_trained_with_another_system_turn_is_noted(command, folders, tmp_path):
+    shutil.copytree(folders / "tuned", tmp_path / "m")
+    args = json.loads((tmp_path / "m" / "args.json").read_text())
+    (tmp_path / "m" / "args.json").write_text(json.dumps({**args, "system": "Be kind."}))
+    flags = ["--model", tmp_path / "m", "--data", folders / "q.csv", "--max-new-tokens", 1]
+    assert "note" not in command(*flags, "--system", "Be kind.")[2]
+    assert "note: " in command(*flags)[2] and "Be kind." in command(*flags)[2]
+
+
 def test_another_programs_args_json_says_nothing(command, folders, tmp_path):
     shutil.copytree(folders / "base", tmp_path / "m")
     (tmp_path / "m" / "args.json").write_text('{"lang": ["de", "fr"], "holdout": 2}')
@@ -825,6 +854,8 @@ def test_wrap_puts_every_query_into_the_text_but_no_question(
 
 def test_our_data_and_model_are_found_from_wherever_it_is_started(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "tiny").mkdir(parents=True)  # not what is meant
+    (tmp_path / "data" / "queries.csv").write_text("label,en\nbenign,Hi?\n")
     code, out, _ = command("--lang", "en", "--limit", 8, "--max-new-tokens", 16)
     assert code == 0 and "queries" in out
     [line] = [line for line in out.splitlines() if "unsafe" in line]

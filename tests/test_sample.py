@@ -533,7 +533,7 @@ def test_it_answers_each_line_until_an_empty_one(monkeypatch, capsys):
     [ids] = sample(model, [encode_chat(tokenizer, query)], max_new_tokens=8, temperature=0,
                    stop_ids=find_stop_ids(model, tokenizer))
     want = tokenizer.decode(ids, skip_special_tokens=True).strip()
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{query}\n{query}\n\n{query}\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"{query}\r\n{query}\n\r\n{query}\n", newline=""))
     run(monkeypatch, "--model", TINY, "--max-new-tokens", 8, "--device", "cpu")
     out, err = capsys.readouterr()
     assert want and out.splitlines() == [want, want] and not err
@@ -590,6 +590,16 @@ def test_a_teacher_prompt_is_found_by_name_or_file_without_its_bom_and_filled_on
     filled = program.fill_template(program.read_template(str(file)), Query, "jv", "en")
     assert filled == "What is {language}?, Apa {query_en} kuwi?, Javanese"
     assert "{query" in program.read_template("cot")
-    for name in (str(tmp_path), "nobody"):
+    file.write_text("{query_en}, {query}, {langauge}")
+    for name in (str(tmp_path), "nobody", str(file)):
         with pytest.raises(UserError, match="--teacher-prompt"):
             program.read_template(name)
+
+
+def test_where_nobody_reads_on_the_exit_code_is_that_of_a_closed_pipe(monkeypatch, capfd):
+    def main(args):
+        raise BrokenPipeError
+    monkeypatch.setattr(os, "dup2", lambda *files: None)
+    with pytest.raises(SystemExit) as stop:
+        program.Parser(prog="any.py").run(main, [])
+    assert stop.value.code == 141
