@@ -131,7 +131,7 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
     chunk_size = 2048 if student.device.type == "cuda" else 128
     options = dict(weighting=args.weighting, student_view=args.student_view, beta=args.beta,
                    top_k=args.dpsw_top_k, divergence=args.divergence, weight_norm=args.weight_norm,
-                   denominator=max(1, sum(gather(sum(counted)))))
+                   denominator=sum(gather(sum(counted))))
     order = sorted(range(len(responses)), key=lambda i: len(student_prompts[i] + responses[i]))
     scores = [{} for _ in responses]
     total = 0.0

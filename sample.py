@@ -506,9 +506,8 @@ def read_template(name, flag="--teacher-prompt"):
         raise UserError(f"{flag} {name}: neither a readable file nor one of {names}") from None
     if not re.search(r"\{query(_en)?\}", text):
         raise UserError(f"{flag} {name}: names neither {{query}} nor {{query_en}}")
-    if unknown := set(re.findall(r"\{(\w+)\}", text)) - {"query", "query_en", "language"}:
-        raise UserError(f"{flag} {name}: there is no {{{max(unknown)}}}: only query, query_en and "
-                        "language are filled in")
+    if unknown := set(re.findall(r"\{\w+\}", text)) - {"{query}", "{query_en}", "{language}"}:
+        tell(f"note: {flag} {name}: {', '.join(unknown)} stays as it stands")
     return text
 
 

@@ -35,6 +35,9 @@ ATTENTION = {  # all read a prompt in one piece; what follows a name tells varia
     "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
     "Bloom": {"n_layer": 2, "n_head": 4},
     "Falcon": {"alibi": True},
+    "GPTNeo": {
+        "num_layers": 2, "num_heads": 4, "window_size": 8,
+        "attention_types": [[["global", "local"], 1]]},
 }
 MAMBA = {"mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 4}
 DELTA = {

@@ -1,11 +1,7 @@
-"""The promises of dpsw.py, against plain loops over tokens and vocabulary in python floats."""
+"""The promises of dpsw.py, against a plain loop over responses and tokens in float64."""
 import ast
 import itertools
 import math
-import shutil
-import subprocess
-import sys
-import weakref
 from pathlib import Path
 
 import pytest
@@ -15,10 +11,9 @@ from torch import nn
 import dpsw
 from dpsw import dpsw_loss, dpsw_loss_chunked
 
-INF = float("inf")
-NAN = float("nan")
+INF = math.inf
+NAN = math.nan
 STATS = ("divergence", "weight", "w_teacher", "w_student")
-WEIGHTINGS = ("dpsw", "teacher", "student", "none")
 VIEWS = ("teacher", "sampled")
 DIVERGENCES = ("reverse", "forward", "jsd")
 NORMS = ("response", "none")
@@ -35,75 +30,58 @@ both_forms = pytest.mark.parametrize("loss_of", (dpsw_loss, chunked_loss), ids=(
 
 # ---- the reference: one token at a time, float64, nothing clever ----
 
-def log_softmax(logits, temperature):
-    scaled = [x / temperature for x in logits]
-    top = max(scaled)
-    log_sum = top + math.log(sum(math.exp(x - top) for x in scaled))
-    return [x - log_sum for x in scaled]
-
-
 def kl(logp, logq):
-    return sum(math.exp(a) * (a - b) for a, b in zip(logp, logq) if a > -INF)
-
-
-def kl_and_slope(log_s, log_other):
-    """KL(S ‖ other), and what it changes by with each student logit, `other` held still."""
-    mean = kl(log_s, log_other)
-    slope = [math.exp(s) * (s - o - mean) if s > -INF else 0 for s, o in zip(log_s, log_other)]
-    return mean, slope
+    kept = logp > -INF
+    return (logp[kept].exp() * (logp[kept] - logq[kept])).sum()
 
 
 def diverge(log_s, log_t, divergence, beta):
-    """One token's divergence and its gradient, by hand, to the student's logits."""
     if divergence == "reverse":
-        return kl_and_slope(log_s, log_t)
+        return kl(log_s, log_t)
     if divergence == "forward":
-        return kl(log_t, log_s), [math.exp(s) - math.exp(t) for s, t in zip(log_s, log_t)]
-    mixture = [beta * math.exp(t) + (1 - beta) * math.exp(s) for s, t in zip(log_s, log_t)]
-    log_m = [math.log(m) for m in mixture]
-    mean, slope = kl_and_slope(log_s, log_m)  # what M adds to the slope sums to nothing
-    return beta * kl(log_t, log_m) + (1 - beta) * mean, [(1 - beta) * x for x in slope]
+        return kl(log_t, log_s)
+    log_m = (beta * log_t.exp() + (1 - beta) * log_s.exp()).log()
+    return beta * kl(log_t, log_m) + (1 - beta) * kl(log_s, log_m)
 
 
 def teacher_confidence(log_t, top_k):
     k = min(top_k, len(log_t))
     if k == 1:
-        return 1.0
-    top = sorted([math.exp(t) for t in log_t], reverse=True)[:k]
-    shares = [p / sum(top) for p in top]
-    return 1 + sum(p * math.log(p) for p in shares if p > 0) / math.log(k)
+        return torch.tensor(1.0)
+    top = log_t.exp().sort(descending=True).values[:k]
+    shares = top / top.sum()
+    return 1 + torch.xlogy(shares, shares).sum() / math.log(k)
 
 
 def score_token(student, teacher, token, weighting="dpsw", student_view="teacher", top_k=20,
                 divergence="reverse", beta=0.5, temperature=1.0):
-    log_s = log_softmax(student, temperature)
-    log_t = log_softmax(teacher, temperature)
+    """Logits (V,) -> the stats of a token; its divergence alone has a gradient."""
+    log_s = (student / temperature).log_softmax(-1)
+    log_t = (teacher / temperature).log_softmax(-1)
     if student_view == "teacher":
-        token = log_t.index(max(log_t))
-    w_teacher = teacher_confidence(log_t, top_k)
-    w_student = 1 - math.exp(log_s[token])
-    product = {"dpsw": w_teacher * w_student, "teacher": w_teacher, "student": w_student, "none": 1}
-    value, slope = diverge(log_s, log_t, divergence, beta)
-    return {"divergence": value, "weight": product[weighting], "w_teacher": w_teacher,
-            "w_student": w_student, "gradient": [x / temperature for x in slope]}
+        token = log_t.argmax()
+    w_t = teacher_confidence(log_t, top_k)
+    w_s = 1 - log_s[token].detach().exp()
+    weight = {"dpsw": w_t * w_s, "teacher": w_t, "student": w_s, "none": torch.tensor(1.0)}
+    return {"divergence": diverge(log_s, log_t, divergence, beta), "weight": weight[weighting],
+            "w_teacher": w_t, "w_student": w_s}
 
 
 def reference(student, teacher, ids, mask, weight_norm="response", **options):
-    """Loss, its gradient with constant weights, {(n, t): scores of a token}; logits (N, T, V)."""
-    tokens = {}
-    for n, t in mask.nonzero().tolist():
-        logits = student[n, t].double().tolist(), teacher[n, t].double().tolist()
-        tokens[n, t] = score_token(*logits, ids[n, t].item(), **options)
+    """Loss and the stats of each token; logits (..., T, V)."""
+    responses = {}
+    tokens = []
+    for at in map(tuple, mask.nonzero().tolist()):
+        tokens.append(score_token(student[at], teacher[at], ids[at], **options))
+        responses.setdefault(at[:-1], []).append(tokens[-1])
     loss = 0.0
-    gradient = torch.zeros(student.shape)
-    for (n, t), token in tokens.items():
-        share = token["weight"] / len(tokens)
+    for response in responses.values():
+        total = sum(token["weight"] * token["divergence"] for token in response)
         if weight_norm == "response":
-            total = sum(other["weight"] for (m, _), other in tokens.items() if m == n)
-            share = token["weight"] / total / len({m for m, _ in tokens})
-        loss += share * token["divergence"]
-        gradient[n, t] = share * torch.tensor(token["gradient"])
-    return loss, gradient, tokens
+            loss += total / sum(token["weight"] for token in response) / len(responses)
+        else:
+            loss += total / len(tokens)
+    return loss, tokens
 
 
 def make_inputs(*shape, V=6, seed=0):
@@ -117,53 +95,38 @@ def mask_of(*lengths, T):
     return torch.arange(T) < torch.tensor(lengths)[:, None]
 
 
-def check(student, teacher, ids=None, mask=None, loss_of=dpsw_loss, **options):
-    """Loss, stats and student gradient are the reference's."""
-    shape = student.shape[:-1]
-    token_shape = -1, shape[-1]
-    plain = [x.detach().reshape(*token_shape, x.shape[-1]) for x in (student, teacher)]
-    for tensor in (ids, mask):
-        plain.append((torch.ones(shape) if tensor is None else tensor).reshape(token_shape))
-    want, want_gradient, tokens = reference(*plain, **options)
+def check(student, teacher, ids, mask, **options):
+    """Loss, stats and student gradient are the reference's -> loss, gradient."""
+    wide = student.detach().double().requires_grad_()
+    want, tokens = reference(wide, teacher.double(), ids, mask, **options)
+    want_gradient, = torch.autograd.grad(want, wide)
 
-    loss, stats = loss_of(student, teacher, ids, mask, **options)
+    loss, stats = dpsw_loss(student, teacher, ids, mask, **options)
     gradient, = torch.autograd.grad(loss, student)
-    assert loss.shape == () and loss.item() == pytest.approx(want, rel=2e-4, abs=1e-6)
-    torch.testing.assert_close(gradient, want_gradient.view_as(student), rtol=1e-3, atol=2e-6)
+    torch.testing.assert_close(loss, want.float(), rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(gradient, want_gradient.float(), rtol=1e-3, atol=2e-6)
     for name in STATS:
-        assert stats[name].shape == shape and not stats[name].requires_grad
-        rows = stats[name].reshape(token_shape).tolist()
-        got = [rows[n][t] for n, t in tokens]
-        assert got == pytest.approx([x[name] for x in tokens.values()], rel=2e-4, abs=2e-6), name
+        assert stats[name].shape == mask.shape and not stats[name].requires_grad
+        want = [token[name].item() for token in tokens]
+        assert stats[name][mask].tolist() == pytest.approx(want, rel=2e-4, abs=2e-6), name
     return loss, gradient
 
 
 # ---- the numbers ----
 
-SHAPES = {(3,): [[1, 0, 1]], (2, 2): [[1, 0], [1, 1]], (2, 2, 1): [[1], [0], [1], [1]]}
+MASKS = [1, 0, 1], [[1, 0], [1, 1]], [[[1], [0]], [[1], [1]]]
 
 
 @pytest.mark.parametrize("weight_norm", NORMS)
-@pytest.mark.parametrize("divergence, beta", [*zip(DIVERGENCES, (0.5, 0.5, 0.5)), ("jsd", 0.2)])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("weighting", WEIGHTINGS)
-def test_every_product_of_options_equals_the_loop(weighting, view, divergence, beta, weight_norm):
-    options = dict(weighting=weighting, student_view=view, divergence=divergence, beta=beta)
-    options["weight_norm"] = weight_norm
-    product = itertools.product(SHAPES, (False, True), (1, 2, 20, 23, 99), (0.6, 1.0))
-    for shape, masked, top_k, temperature in product:
-        mask = torch.tensor(SHAPES[shape]).view(shape) if masked else None
-        inputs = make_inputs(*shape, V=23, seed=top_k)
-        check(*inputs, mask, top_k=top_k, temperature=temperature, **options)
-
-
-@both_forms
-def test_by_default_every_response_counts_the_same_and_an_empty_one_not_at_all(loss_of):
-    student, teacher, _ = make_inputs(3, 5, V=30)
-    mask = mask_of(5, 0, 1, T=5)
-    loss, _ = check(student, teacher, None, mask, loss_of)
-    alone = [loss_of(student[n], teacher[n], None, mask[n])[0].item() for n in (0, 2)]
-    assert loss.item() == pytest.approx(sum(alone) / 2, rel=1e-5)
+@pytest.mark.parametrize("weighting", ("dpsw", "teacher", "student", "none"))
+def test_every_product_of_options_equals_the_loop(weighting, view, divergence, weight_norm):
+    for mask, top_k, temperature in itertools.product(MASKS, (1, 2, 20, 99), (0.6, 1.0)):
+        mask = torch.tensor(mask).bool()
+        inputs = make_inputs(*mask.shape, V=23, seed=top_k)
+        check(*inputs, mask, weighting=weighting, student_view=view, divergence=divergence,
+              beta=0.2, weight_norm=weight_norm, top_k=top_k, temperature=temperature)
 
 
 # student (1/2, 1/2), teacher (1/4, 3/4), in nats; of a single token Σ w D / Σ w is D
@@ -182,31 +145,29 @@ def test_divergences_have_their_hand_computed_direction(divergence, want, slope)
     assert teacher.grad is None
 
 
-@pytest.mark.parametrize("top_k", (2, 6, 20))
-def test_a_uniform_top_k_weighs_nothing_and_a_one_hot_one_weighs_one(top_k):
-    student, _, _ = make_inputs(2)
-    teacher = torch.zeros(2, 6)
-    teacher[1, 3] = 200.0
-    _, stats = dpsw_loss(student, teacher, top_k=top_k)
-    assert stats["w_teacher"].tolist() == pytest.approx([0, 1], abs=1e-6)
-
-
 @both_forms
+@pytest.mark.parametrize("weight_norm", NORMS)
 @pytest.mark.parametrize("V", (2, 20, 32, 1000))
-@pytest.mark.parametrize("weighting", ("dpsw", "teacher"))
-def test_where_the_teacher_knows_nothing_rounding_does_not_become_a_weight(weighting, V, loss_of):
-    student = (2 * torch.randn(2, 3, V)).requires_grad_()
-    loss, stats = loss_of(student, torch.zeros(2, 3, V), weighting=weighting)
+def test_where_the_teacher_knows_nothing_weights_loss_and_gradient_are_zero(
+        V, weight_norm, loss_of):
+    student, _, _ = make_inputs(2, 3, V=V)
+    loss, stats = loss_of(student, torch.zeros(2, 3, V), weight_norm=weight_norm)
     loss.backward()
-    assert loss.item() == 0 and not stats["w_teacher"].any() and not student.grad.any()
+    assert loss.item() == 0 and not student.grad.any()
+    assert not stats["w_teacher"].any() and not stats["weight"].any()
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float64))
+def test_a_teacher_that_is_certain_weighs_one():
+    student, teacher, _ = make_inputs(3)
+    teacher[:, 4] = 200.0
+    assert dpsw_loss(student, teacher)[1]["w_teacher"].tolist() == pytest.approx([1, 1, 1])
+
+
 @both_forms
-def test_the_hosts_default_dtype_changes_nothing(dtype, loss_of):
+def test_the_hosts_default_dtype_changes_nothing(loss_of):
     student, teacher, _ = make_inputs(2, 4, V=40)
     want, _ = loss_of(student, teacher)
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.bfloat16)
     try:
         loss, stats = loss_of(student, teacher)
     finally:
@@ -228,32 +189,31 @@ def test_micro_batches_with_the_steps_count_give_the_gradient_of_the_whole(weigh
     mask = mask_of(5, 1, 3, 0, T=5)
     want, want_gradient = check(student, teacher, ids, mask, weight_norm=weight_norm)
     count = {"response": torch.tensor(3), "none": 9}[weight_norm]
-    for size in (1, 2, 4):
-        parts = zip(*[x.split(size) for x in (student, teacher, ids, mask)])
-        losses = [loss_of(*part, weight_norm=weight_norm, denominator=count)[0] for part in parts]
-        gradient, = torch.autograd.grad(sum(losses), student)
-        torch.testing.assert_close(sum(losses), want)
-        torch.testing.assert_close(gradient, want_gradient, rtol=1e-5, atol=1e-7)
+    parts = zip(*[x.split(1) for x in (student, teacher, ids, mask)])
+    losses = [loss_of(*part, weight_norm=weight_norm, denominator=count)[0] for part in parts]
+    gradient, = torch.autograd.grad(sum(losses), student)
+    torch.testing.assert_close(sum(losses), want)
+    torch.testing.assert_close(gradient, want_gradient, rtol=1e-5, atol=1e-7)
 
 
 # ---- padding, edges, dtypes ----
 
 @both_forms
-@pytest.mark.parametrize("fill", (NAN, INF, -INF))
+@pytest.mark.parametrize("fill", (NAN, -INF))
 @pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize("weight_norm", NORMS)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_padding_may_hold_anything(divergence, view, fill, loss_of):
+def test_padding_may_hold_anything(divergence, weight_norm, view, fill, loss_of):
+    options = dict(divergence=divergence, student_view=view, weight_norm=weight_norm)
     student, teacher, ids = make_inputs(3, 4)
     mask = mask_of(2, 0, 4, T=4)
-    dirty = [x.detach().masked_fill(~mask[..., None], fill) for x in (student, teacher)]
-    dirty[0].requires_grad_()
-    dirty.append(ids.masked_fill(~mask, -100))
-    for weight_norm in NORMS:
-        options = dict(divergence=divergence, student_view=view, weight_norm=weight_norm)
-        want = check(student, teacher, ids, mask, **options)
-        loss, _ = loss_of(*dirty, mask, **options)
-        gradient, = torch.autograd.grad(loss, dirty[0])
-        torch.testing.assert_close((loss, gradient), want)
+    want = check(student, teacher, ids, mask, **options)
+    padding = ~mask[..., None]
+    dirty = student.detach().masked_fill(padding, fill).requires_grad_()
+    loss, _ = loss_of(dirty, teacher.masked_fill(padding, fill), ids.masked_fill(~mask, -100),
+                      mask, **options)
+    gradient, = torch.autograd.grad(loss, dirty)
+    torch.testing.assert_close((loss, gradient), want)
 
 
 @both_forms
@@ -265,62 +225,54 @@ def test_nan_on_a_response_token_is_never_hidden(side, loss_of):
 
 
 @both_forms
-@pytest.mark.parametrize("shape, fill", [((2, 3), 0.0), ((2, 3), NAN), ((0,), 0.0), ((2, 0), 0.0)])
-@pytest.mark.parametrize("denominator", (None, 7, 0))
-def test_a_fully_masked_input_gives_zero_loss_and_gradient(denominator, shape, fill, loss_of):
-    student = torch.full((*shape, 5), fill, requires_grad=True)
-    for weight_norm in NORMS:
-        options = dict(weight_norm=weight_norm, denominator=denominator)
-        loss, stats = loss_of(student, student.detach(), None, torch.zeros(shape), **options)
-        loss.backward()
-        assert loss.item() == 0 and (student.grad == 0).all()
-        assert all(stats[name].shape == shape for name in STATS)
-
-
-@both_forms
+@pytest.mark.parametrize("shape", [(2, 3), (0,), (2, 0)])
+@pytest.mark.parametrize("denominator", (None, 0))
 @pytest.mark.parametrize("weight_norm", NORMS)
-def test_weights_that_are_all_zero_give_zero_loss_and_gradient(weight_norm, loss_of):
-    student = torch.tensor([[[200.0, 0.0]]], requires_grad=True)  # p_S(y*) is 1 to the last digit
-    loss, stats = loss_of(student, torch.tensor([[[2.0, 0.0]]]), weight_norm=weight_norm)
+def test_a_fully_masked_input_gives_zero_loss_and_gradient(
+        weight_norm, denominator, shape, loss_of):
+    student = torch.full((*shape, 5), NAN, requires_grad=True)
+    loss, stats = loss_of(student, student.detach(), None, torch.zeros(shape),
+                          weight_norm=weight_norm, denominator=denominator)
     loss.backward()
-    assert stats["weight"].item() == 0 and loss.item() == 0 and (student.grad == 0).all()
+    assert loss.item() == 0 and (student.grad == 0).all()
+    assert all(stats[name].shape == shape for name in STATS)
 
 
 @both_forms
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64))
 def test_any_float_dtype_is_computed_in_float32(dtype, loss_of):
-    student, teacher, _ = make_inputs(2, 4, V=40)
-    student = student.detach().to(dtype).requires_grad_()
-    wide = student.detach().float().requires_grad_()
-    want, want_gradient = check(wide, teacher.to(dtype).float())
-    loss, _ = loss_of(student, teacher.to(dtype))
-    gradient, = torch.autograd.grad(loss, student)
-    torch.testing.assert_close(loss, want)  # of one dtype: float32
-    torch.testing.assert_close(gradient, want_gradient.to(dtype), rtol=1e-2, atol=1e-6)
+    student, teacher, _ = [x.detach().to(dtype) for x in make_inputs(2, 4, V=40)]
+    wide = student.float().requires_grad_()
+    want, _ = loss_of(wide, teacher.float())
+    loss, _ = loss_of(student.requires_grad_(), teacher)
+    assert loss == want and loss.dtype == torch.float32
+    want.backward()
+    loss.backward()
+    torch.testing.assert_close(student.grad, wide.grad.to(dtype))
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_tokens_that_one_side_or_both_rule_out_stay_finite(divergence):
-    student, teacher, _ = make_inputs(2, 3)
-    loss, gradient = check(student, teacher, divergence=divergence, top_k=3)
+    options = dict(divergence=divergence, top_k=3)
+    student, teacher, ids = make_inputs(2, 3)
+    loss, gradient = check(student, teacher, ids, ids > -1, **options)
     wide = [nn.functional.pad(x.detach(), (0, 2), value=-INF) for x in (student, teacher)]
-    got, _ = dpsw_loss(wide[0].requires_grad_(), wide[1], divergence=divergence, top_k=3)
+    got, _ = dpsw_loss(wide[0].requires_grad_(), wide[1], **options)
+    got_gradient, = torch.autograd.grad(got, wide[0])
     torch.testing.assert_close(got, loss)
-    want = nn.functional.pad(gradient, (0, 2))
-    torch.testing.assert_close(torch.autograd.grad(got, wide[0])[0], want)
+    torch.testing.assert_close(got_gradient, nn.functional.pad(gradient, (0, 2)))
 
-    some = [torch.tensor([[1.0, 0.5, 0.2]]), torch.tensor([[0.3, 0.9, -INF]])]
-    if divergence == "reverse":  # where only the teacher rules a token out, it is infinite
-        some.reverse()
-    check(some[0].requires_grad_(), some[1], divergence=divergence)
+    ruled_out = student if divergence == "reverse" else teacher  # else it is infinite
+    ruled_out.data[..., 0] = -INF
+    check(student, teacher, ids, ids > -1, **options)
 
 
 @pytest.mark.parametrize("divergence", ("reverse", "forward"))
 def test_extreme_logits_neither_overflow_nor_lose_the_gradient(divergence):
     student = torch.tensor([[1e4, 0.0, -1e4], [0.1, 0.2, 0.0]], requires_grad=True)
     teacher = torch.tensor([[-1e4, 1e4, 0.0], [1e4, -1e4, 1.0]])
-    _, gradient = check(student, teacher, divergence=divergence)
-    assert gradient[1].abs().max() > 0.1
+    ids = torch.zeros(2).long()
+    check(student, teacher, ids, ids > -1, divergence=divergence)
 
 
 # ---- errors, and the file itself ----
@@ -329,23 +281,25 @@ def test_extreme_logits_neither_overflow_nor_lose_the_gradient(divergence):
 @pytest.mark.parametrize("options, told", [
     (dict(weighting="dspw"), "dspw"), (dict(student_view="student"), "student"),
     (dict(divergence="kl"), "kl"), (dict(weight_norm="sum"), "sum"),
+    (dict(temperature=0), "temperature"), (dict(top_k=0), "top_k"),
     (dict(student_view="sampled"), "response_ids"),
-    (dict(divergence="jsd", beta=0), "(?s)(?=.*forward).*reverse"),
-    (dict(divergence="jsd", beta=1.0), "(?s)(?=.*forward).*reverse")])
+    (dict(divergence="jsd", beta=0), "forward or reverse"),
+    (dict(divergence="jsd", beta=1.0), "forward or reverse")])
 def test_what_cannot_be_meant_is_a_value_error(options, told, loss_of):
     with pytest.raises(ValueError, match=told):
         loss_of(*make_inputs(2, 3)[:2], **options)
 
 
 @both_forms
-@pytest.mark.parametrize("shapes", [
-    ((2, 3, 30), (2, 3, 31), (2, 3), (2, 3)), ((2, 3, 30), (2, 3, 1), (2, 3), (2, 3)),
-    ((2, 3, 9), (2, 4, 9), (2, 3), (2, 3)), ((2, 3, 9), (1, 3, 9), (2, 3), (2, 3)),
-    ((2, 3, 9), (2, 3, 9), (2, 1), (2, 3)), ((2, 3, 9), (2, 3, 9), (2, 3), (3,))])
-def test_vocabularies_or_shapes_that_disagree_are_a_value_error(shapes, loss_of):
-    student, teacher, ids, mask = [torch.zeros(shape) for shape in shapes]
+@pytest.mark.parametrize("wrong, shape", [
+    ("teacher", (2, 3, 31)), ("teacher", (2, 3, 1)), ("teacher", (2, 4, 30)), ("ids", (2, 1)),
+    ("mask", (3,))])
+def test_vocabularies_or_shapes_that_disagree_are_a_value_error(wrong, shape, loss_of):
+    shapes = {"student": (2, 3, 30), "teacher": (2, 3, 30), "ids": (2, 3), "mask": (2, 3)}
+    shapes[wrong] = shape
+    inputs = [torch.ones(shape).long() for shape in shapes.values()]
     with pytest.raises(ValueError):
-        loss_of(student, teacher, ids.long(), mask + 1, student_view="sampled")
+        loss_of(*inputs, student_view="sampled")
 
 
 def test_a_chunk_of_no_tokens_is_a_value_error():
@@ -353,56 +307,36 @@ def test_a_chunk_of_no_tokens_is_a_value_error():
         chunked_loss(*make_inputs(2, 3), chunk_size=0)
 
 
-def test_the_file_alone_in_an_empty_folder_runs(tmp_path):
-    shutil.copy(dpsw.__file__, tmp_path)
-    program = ("import torch, dpsw; x = torch.zeros(2, 3, 5, requires_grad=True);"
-               "dpsw.dpsw_loss(x, torch.eye(5)[:3].expand(2, 3, 5))[0].backward();"
-               "print(dpsw.__file__, x.grad.abs().sum().item() > 0)")
-    command = [sys.executable, "-c", program]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ran.stdout.split() == [str(tmp_path / "dpsw.py"), "True"], ran.stderr
-
-
-def test_the_file_imports_torch_and_math_only():
+def test_the_file_runs_alone_beside_torch_and_math():
     tree = ast.walk(ast.parse(Path(dpsw.__file__).read_text()))
     imports = [ast.unparse(x) for x in tree if isinstance(x, (ast.Import, ast.ImportFrom))]
-    assert {line.split()[1].split(".")[0] for line in imports} <= {"torch", "math"}
+    assert {line.split()[1].split(".")[0] for line in imports} == {"torch", "math"}
 
 
 # ---- the chunked form and its heads ----
 
 H = 8
 TEACHER_H = 5
-HEADS = ("plain", "bias", "capped", "scaled")
+V = 13
 
 
 class Head(nn.Module):
-    """A linear layer, its logits scaled or soft-capped as some models do; remembers its calls."""
+    """A linear layer whose logits are capped, as some models do it; remembers its calls."""
 
-    def __init__(self, kind, width):
+    def __init__(self, width):
         super().__init__()
-        self.linear = nn.Linear(width, 13, bias=kind != "plain")
-        self.kind = kind
-        self.calls = []  # the rows of each
-        self.graphs = []  # a mark that dies with the graph of each call's logits
-        self.most_alive = 0
+        self.linear = nn.Linear(width, V)
+        self.calls = []  # the rows of each, and "back" when its gradient is taken
 
     def forward(self, hidden):
-        self.calls.append([tuple(row) for row in hidden.flatten(0, -2).tolist()])
-        alive = [graph for graph in self.graphs if graph() is not None]
-        self.most_alive = max(self.most_alive, len(alive))
+        self.calls.append(len(hidden))
         logits = self.linear(hidden)
         if logits.requires_grad:
-            def mark(gradient):
-                return None
-            logits.register_hook(mark)
-            self.graphs.append(weakref.ref(mark))
-        if self.kind == "capped":
-            return 0.5 * torch.tanh(logits / 0.5)
-        return 0.25 * logits if self.kind == "scaled" else logits
+            logits.register_hook(lambda gradient: self.calls.append("back"))
+        return torch.tanh(logits)
 
 
-def make_setting(*shape, head="bias", mask=None):
+def make_setting(*shape, mask=None):
     """Hidden states that are NaN at padding, heads, ids, and a mask with holes if none is given."""
     torch.manual_seed(0)
     if mask is None:
@@ -410,7 +344,7 @@ def make_setting(*shape, head="bias", mask=None):
         mask[-1] = False  # of several responses, an empty one
     hidden = [3 * torch.randn(*shape, width) for width in (H, TEACHER_H)]
     hidden = [x.masked_fill(~mask[..., None], NAN).requires_grad_() for x in hidden]
-    return [*hidden, Head(head, H), Head(head, TEACHER_H), torch.randint(13, shape), mask]
+    return [*hidden, Head(H), Head(TEACHER_H), torch.randint(V, shape), mask]
 
 
 def dense(hidden, teacher_hidden, student_head, teacher_head, ids, mask, **options):
@@ -420,41 +354,40 @@ def dense(hidden, teacher_hidden, student_head, teacher_head, ids, mask, **optio
 
 
 def assert_same_gradients(got, want):
-    for a, b in zip(got, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
-        assert b.abs().max() > 1e-4  # or the comparison shows nothing
+    torch.testing.assert_close(list(got), list(want), rtol=1e-4, atol=1e-6)
+    assert all(x.any() for x in want)  # or the comparison shows nothing
 
 
 @pytest.mark.parametrize("chunk_size", (1, 3, 10**6))
 @pytest.mark.parametrize("shape", ((7,), (5, 3), (2, 3, 2)))
-@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("options", [
-    dict(), dict(student_view="sampled", weight_norm="none"), dict(divergence="jsd", beta=0.2),
+    dict(), dict(student_view="sampled", weight_norm="none"),
     dict(divergence="forward", temperature=0.6, weighting="student", denominator=4)])
-def test_chunked_equals_dense_in_loss_stats_and_gradients(options, head, shape, chunk_size):
-    *args, mask = make_setting(*shape, head=head)
+def test_chunked_equals_dense_in_loss_stats_and_gradients(options, shape, chunk_size):
+    args = make_setting(*shape)
+    mask = args[-1]
     trained = [args[0], *args[2].parameters()]
-    want, want_stats = dense(*args, mask, **options)
-    loss, stats = dpsw_loss_chunked(*args, mask, chunk_size=chunk_size, **options)
+    want, want_stats = dense(*args, **options)
+    loss, stats = dpsw_loss_chunked(*args, chunk_size=chunk_size, **options)
     torch.testing.assert_close(loss, want)
     for name in STATS:
         assert stats[name].shape == shape and not stats[name].requires_grad
         torch.testing.assert_close(stats[name][mask], want_stats[name][mask])
     got = torch.autograd.grad(loss, trained)
-    assert all(x.grad is None for x in trained)
     assert_same_gradients(got, torch.autograd.grad(want, trained))
 
     with torch.no_grad():
-        loss, _ = dpsw_loss_chunked(*args, mask, chunk_size=chunk_size, **options)
+        loss, _ = dpsw_loss_chunked(*args, chunk_size=chunk_size, **options)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, want.detach())
 
 
-@pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("wanted", ("hidden", "linear.weight", "hidden linear.weight linear.bias"))
-def test_chunked_backward_scales_adds_up_and_reaches_what_is_trained_alone(wanted, head):
-    args = make_setting(4, 3, head=head)
-    named = {"hidden": args[0], **dict(args[2].named_parameters())}
+def test_chunked_backward_scales_adds_up_and_reaches_the_student_alone(wanted):
+    hidden, _, head, _, ids, mask = make_setting(4, 3)
+    teacher_hidden = (2 * hidden.detach()).requires_grad_()
+    args = hidden, teacher_hidden, head, head, ids, mask  # one head on both sides
+    named = {"hidden": hidden, **dict(head.named_parameters())}
     for name, tensor in named.items():
         tensor.requires_grad_(name in wanted)
     trained = [tensor for tensor in named.values() if tensor.requires_grad]
@@ -462,38 +395,14 @@ def test_chunked_backward_scales_adds_up_and_reaches_what_is_trained_alone(wante
     for times in (1, 2):
         (3 * dpsw_loss_chunked(*args, chunk_size=3)[0]).backward()
         assert_same_gradients([x.grad for x in trained], [times * x for x in want])
-    others = [args[1], *args[2].parameters(), *args[3].parameters()]
-    assert all(x.grad is None for x in others if not any(x is y for y in trained))
+    assert teacher_hidden.grad is None
 
 
-@pytest.mark.parametrize("frozen", (False, True))
-def test_chunked_with_one_head_on_both_sides_tied_to_the_embedding(frozen):
-    _, _, head, _, ids, mask = make_setting(4, 3, head="plain")
-    body = nn.Linear(H, H)
-    head.requires_grad_(not frozen)
-    trained = [x for x in (*body.parameters(), head.linear.weight) if x.requires_grad]
-
-    def gradients(loss_of, **options):
-        embedded = head.linear.weight[ids]
-        teacher_hidden = embedded.detach().flip(0)
-        loss, _ = loss_of(body(embedded), teacher_hidden, head, head, ids, mask, **options)
-        return torch.autograd.grad(loss, trained)
-
-    assert_same_gradients(gradients(dpsw_loss_chunked, chunk_size=3), gradients(dense))
-
-
-@pytest.mark.parametrize("masked", (False, True))
-@pytest.mark.parametrize("chunk_size, held", [(1, 1), (3, 1), (5, 1), (6, 2), (11, 3), (99, 7)])
-def test_a_chunk_holds_whole_responses_and_no_row_is_computed_twice(chunk_size, held, masked):
-    args = make_setting(7, 3, mask=None if masked else torch.ones(7, 3).bool())
+@pytest.mark.parametrize("chunk_size, rows", [
+    (1, [2, 3, 1]), (4, [2, 4]), (5, [5, 1]), (99, [6])])
+def test_a_chunk_holds_whole_responses_and_no_row_is_computed_twice(chunk_size, rows):
+    args = make_setting(4, 3, mask=mask_of(2, 3, 0, 1, T=3))
     dpsw_loss_chunked(*args, chunk_size=chunk_size)[0].backward()
-    for side in (0, 1):
-        calls = args[2 + side].calls
-        assert max(len(call) for call in calls) <= max(chunk_size, 3)
-        assert masked or len(calls) == math.ceil(7 / held)
-        computed = sum(calls, [])
-        for hidden, mask in zip(args[side], args[5]):
-            rows = {tuple(row) for row in hidden[mask].tolist()}
-            assert all(computed.count(row) == 1 for row in rows)
-            assert sum(not rows.isdisjoint(call) for call in calls) <= 1
-    assert args[2].most_alive <= 1  # the last chunk's graph, none of the chunks before it
+    student_head, teacher_head = args[2:4]
+    assert student_head.calls[::2] == teacher_head.calls == rows
+    assert student_head.calls[1::2] == ["back"] * len(rows)  # of two chunks no logits are held
