@@ -434,6 +434,9 @@ def preflight(args, student, teacher, tokenizer, template, pools):
         if label == "benign" and sum(after) > 0.1 * len(batch):
             tell("warning: the teacher refuses benign queries, and the student is about to learn "
                  "that as well; another --teacher-prompt may not")
+        if label == "harmful" and sum(after) < sum(before):
+            tell(f"warning: in {lang} the teacher refuses fewer harmful queries than the student, "
+                 "who is about to learn that; another --teacher-prompt may do better")
 
 
 # --- what a run leaves ---

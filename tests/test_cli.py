@@ -430,7 +430,7 @@ def test_a_file_is_read_once_and_told_once(train, capfd):
 
 # --- what is told before and after ---
 
-def script_answers(monkeypatch):
+def script_answers(monkeypatch, student="sepedhah", teacher="sepedhah|kursi|prau"):
     """Let the student refuse one query, and the teacher this one and two more, of each label -> the
     prompts that are asked."""
     asked = []
@@ -438,8 +438,7 @@ def script_answers(monkeypatch):
     def answer(model, tokenizer, prompts, *rest):
         said = []
         for prompt in map(tokenizer.decode, prompts):
-            words = "sepedhah|kursi|prau" if "In English" in prompt else "sepedhah"
-            refused = re.search(words, prompt)
+            refused = re.search(teacher if "In English" in prompt else student, prompt)
             said.append("I can't help with that." if refused else "Here is how people do it.")
             asked.append(prompt)
         return said
@@ -467,6 +466,15 @@ def test_the_preflight_counts_refusals_and_flips_of_each_label(
     data = write_queries(tmp_path / "plain.csv", label=False)
     train("p", *JUDGED, "--preflight", 99, "--label", "mixed", data=data)
     assert read_preflight(capsys.readouterr().out) == {"mixed": [12, 2, 6, 4]}
+
+
+def test_a_teacher_that_refuses_fewer_harmful_queries_is_warned_of(train, monkeypatch, capsys):
+    words = "the teacher refuses fewer harmful"
+    train("o", *JUDGED, "--preflight", 9)
+    assert words not in capsys.readouterr().err
+    script_answers(monkeypatch, student="kursi|prau", teacher="kursi")
+    train("p", *JUDGED, "--preflight", 9)
+    assert f"warning: in jv {words}" in capsys.readouterr().err
 
 
 def test_a_query_that_leaves_little_room_is_asked_for_less_in_the_preflight(
