@@ -342,9 +342,10 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
             errors.update({path: e, lang: e})
             continue
         texts = [query.text[lang] for query in queries]
-        if known.setdefault((path, *texts), lang) != lang:
+        extra = queries[0].extra
+        if lang.upper() in extra and known.setdefault((path, *texts), lang).upper() not in extra:
             raise UserError(f"{path} names no language: say whose it is, as {lang}={path}")
-        by_own_text = queries[0].key == normalise(texts[0])
+        by_own_text = [query.key for query in queries] == list(map(normalise, texts))
         if 0 < holdout < 1 and by_own_text and lang not in ("en", source_lang):
             tell(f"warning: {path}: {lang} has no English, and is held out by its own text: what "
                  "was trained on beside its English may be judged here")
@@ -386,8 +387,8 @@ def answer_all(args, refusals):
                 run.update(found)
         trained = split_langs(run["lang"])
     if run["system"] != args.system:
-        tell(f"note: {args.model} was trained with --system {run['system']}, is asked with "
-             f"{args.system}")
+        tell(f"note: {args.model} was trained with the system turn {run['system']!r}, and is asked "
+             f"with {args.system!r}")
     if args.holdout is None:
         args.holdout = run["holdout"]
     args.lang = split_langs(args.lang or f"{run['lang']} {run['source_lang']}")

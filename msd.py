@@ -394,7 +394,7 @@ def make_pools(args, model, tokenizer, template, langs, queries):
     kept = sum(map(len, pools.values()))
     if skipped := len(queries) * len(langs) - kept:
         tell(f"note: {skipped} queries do not fit the model's context: skipped")
-    if not differ:
+    if kept and not differ:
         tell("warning: student and teacher see the same: there is nothing to learn; another "
              "--teacher-prompt is needed")
     if not kept:
@@ -434,7 +434,7 @@ def preflight(args, student, teacher, tokenizer, template, pools):
         if label == "benign" and sum(after) > 0.1 * len(batch):
             tell("warning: the teacher refuses benign queries, and the student is about to learn "
                  "that as well; another --teacher-prompt may not")
-        if label == "harmful" and sum(after) < sum(before):
+        if label == "harmful" and sum(before) - sum(after) > 0.1 * len(batch):
             tell(f"warning: in {lang} the teacher refuses fewer harmful queries than the student, "
                  "who is about to learn that; another --teacher-prompt may do better")
 
@@ -445,7 +445,7 @@ def check_out(args):
     """Refuse to write over what is there, or to resume with other flags; under --resume keep out of
     training what was kept out -> args.json as it was. Raises UserError."""
     out = Path(args.out)
-    files = {path.name for path in out.glob("*") if path.suffix != ".tmp"}
+    files = {path.name for path in out.glob("*")} - {"args.json.tmp", "before.json.tmp"}
     before = {}
     if "args.json" in files:
         with evaluation.told_in_a_line(out):
@@ -462,8 +462,8 @@ def check_out(args):
     elif files:
         if "kept_out" not in before:
             raise UserError(f"--out {out} is there and is no run of msd.py: name another")
-        for path in (args.model, *args.data, *args.eval_data):
-            if f"{out.resolve()}/" in f"{path}/":
+        for path in (args.model, *args.data, *args.eval_data, find_path(args.teacher_prompt)):
+            if re.search(f"(^|=){re.escape(str(out.resolve()))}/", f"{path}/"):
                 raise UserError(f"--out {out} holds what is to be read, {path}: name another")
         # a run without a checkpoint begins again
         if files - {"args.json", "before.json", *LOGS} and not args.overwrite:

@@ -507,7 +507,7 @@ def read_template(name, flag="--teacher-prompt"):
     if not re.search(r"\{query(_en)?\}", text):
         raise UserError(f"{flag} {name}: names neither {{query}} nor {{query_en}}")
     if unknown := set(re.findall(r"\{\w+\}", text)) - {"{query}", "{query_en}", "{language}"}:
-        tell(f"note: {flag} {name}: {', '.join(unknown)} stays as it stands")
+        tell(f"note: {flag} {name}: no slots, and left as they stand: {sorted(unknown)}")
     return text
 
 

@@ -6,7 +6,7 @@
 A path is a file, or names a file per language: "en=a.jsonl,bbc=b.jsonl". A file is CSV (also with
 ; or |), TSV, JSONL, a JSON array, {"safety": [...]}, question<TAB>answer or a query a line.
 - Wide: a column per language, <lang>, prompt_<lang> or its name; English also ALIASES.
-- Long: a row per language, which a column `language` or `lang` names.
+- Long: a row per language, which a column names: LANGUAGE_COLUMNS.
 - Named for its language: also one of ALIASES, a translated column, or the only one.
 A text's language is never guessed.
 """
@@ -31,7 +31,7 @@ LINES = "\x1f"             # the delimiter of a file without one
 HEADER = r'(?!\w+, ) ?[\w"=-]* ?(?:([\t,;|]) ?[\w"=-]* ?)+'
 LABEL_COLUMNS = ("label", "expected_behavior")
 LANGUAGE_COLUMNS = ("language", "lang", "language_code", "lang_code", "prompt_language", "locale")
-ROW_NUMBERS = {"id": "id", "prompt_id": "id", "no": "no"}  # unless they hold Indonesian, Norwegian
+ROW_NUMBERS = {"prompt_id": "id", "no": "no", "id": "id"}  # unless they hold Indonesian, Norwegian
 LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>qa)"
 JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
@@ -248,7 +248,8 @@ def read_parallel(path, langs):
 
     parts = [read_file(file, [lang], is_named=True) for lang, file in files.items()]
     keys = find_keys([name for name in find_columns(parts[0]) if name.endswith("id")], parts)
-    keys = ["id"] if "id" in keys else keys[:1]
+    if len(keys) > 1:  # by the one called id, or by none
+        keys = ["id"] if "id" in keys else []
     ids = [[clean(row.get("id")) for row in part] for part in parts]
     counts = [len(cells) for cells in ids]
     known = {tuple(cells) for cells in ids if any(cells)}
@@ -256,7 +257,7 @@ def read_parallel(path, langs):
         raise fail(path, f"unmatched ids, or numbers of rows ({counts}): give each row an id that "
                          "is once in every file")
     if len(parts) > 1:
-        how = f"on {keys[0]}" if keys else "by position: they share no unique id"
+        how = f"on {keys[0]}" if keys else "by position: no one unique id is in all"
         tell(path, f"joined {how}")
     return join(parts, keys, list(files).index(langs[-1].lower()))
 
@@ -278,19 +279,37 @@ def read_file(path, langs, is_named=False):
     rows = [{name.strip().lower(): cell for name, cell in row.items()} for row in rows]
 
     columns = find_columns(rows)
-    language = next((name for name in LANGUAGE_COLUMNS if name in columns), None)
+    language = find_language(rows, columns, langs)
+    for column, lang in ROW_NUMBERS.items():
+        is_row_id = is_named and column == "id" or find_own(path, columns, lang)
+        if not is_row_id and holds_texts(rows, column, lang in langs and not language):
+            move(rows, column, lang)
+            columns = find_columns(rows)
+
     if language and not all(find_own(path, columns, lang) for lang in langs):
         return widen(path, rows, columns, langs, language)
     if is_named or len(langs) == 1 and BARE in columns:
         move(rows, find_text(path, columns, langs[0]), langs[0])
-        return rows
-    for column, lang in ROW_NUMBERS.items():
-        cells = list(filter(None, (clean(row.get(column)) for row in rows)))
-        text = "".join(cells)
-        is_text = re.search(r"\s", text) or lang in langs and re.fullmatch(r"\D+", text)
-        if is_text and not all(re.fullmatch(ROW_ID, cell) for cell in cells):
-            move(rows, column, lang)
     return rows
+
+
+def find_language(rows, columns, langs):
+    """The column that names a row's language, or None. By another name than language or lang it
+    counts only where rows differ in it, or it holds what is asked for."""
+    for name in LANGUAGE_COLUMNS:
+        codes = {read_code(clean(row.get(name))) for row in rows}
+        tells = name in LANGUAGE_COLUMNS[:2] or len(codes) > 1 or set(langs) <= codes
+        if name in columns and tells:
+            return name
+
+
+def holds_texts(rows, column, is_asked_for):
+    """Whether a column that might number the rows holds texts: of several words, or (is_asked_for)
+    without digits."""
+    cells = list(filter(None, (clean(row.get(column)) for row in rows)))
+    text = "".join(cells)
+    is_text = re.search(r"\s", text) or is_asked_for and re.fullmatch(r"\D+", text)
+    return is_text and not all(re.fullmatch(ROW_ID, cell) for cell in cells)
 
 
 def move(rows, column, lang):

@@ -800,15 +800,17 @@ def test_what_is_to_be_read_is_not_overwritten(train, folder, fail):
     out = train("o")
     shutil.copytree(folder, out / "m")
     data = write_queries(out / "q.csv")
+    (out / "t.txt").write_text("{query} {query_en}")
     before = take_digest(out)
-    for flags in (["--model", out / "m"], ["--data", data], ["--eval-data", f"jv={data}"]):
+    for flags in (["--model", out / "m"], ["--data", data], ["--eval-data", f"jv={data}"],
+                  ["--teacher-prompt", out / "t.txt"]):
         assert "is to be read" in fail("o", "--overwrite", *flags)
     assert take_digest(out) == before
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]], ids=str)
 @pytest.mark.parametrize("name, text", [
-    ("deep/notes.txt", "mine"), ("model.safetensors", "weights"), ("args.json", '{"lr": 1}'),
+    ("deep/notes.txt", "mine"), ("notes.tmp", "mine"), ("model.safetensors", "weights"), ("args.json", '{"lr": 1}'),
     ("metrics.jsonl", '{"step": 1}\n')])
 def test_a_folder_that_is_no_run_is_never_deleted(fail, tmp_path, name, text, flags):
     file = tmp_path / "o" / name

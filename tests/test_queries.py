@@ -735,3 +735,38 @@ def test_a_column_of_languages_is_known_by_its_other_names(write, name):
     path = write("a.csv", f"prompt,{name},row_id\nHello?,en,1\nHabari?,sw,1\n")
     assert texts(load_queries(path, ["en"]), "en") == ["Hello?"]
     assert texts(load_queries(path, ["sw"]), "sw") == ["Habari?"]
+
+
+def test_where_two_ids_are_shared_the_rows_are_joined_by_position_and_it_says_so(
+        write_each, capsys):
+    path = write_each(en="qid,uid,en\n1,1,Hello?\n2,2,Goodbye?\n",
+                      sw="qid,uid,sw\n1,2,Habari?\n2,1,Kwaheri?\n")
+    assert texts(load_queries(path, ["en", "sw"]), "sw") == ["Habari?", "Kwaheri?"]
+    assert "joined by position" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["{}", "id={}"])
+def test_where_a_column_holds_indonesian_english_beside_it_is_not_read_for_it(write, form):
+    spoken = write("a.csv", "prompt,prompt_id\nWhat is,Apa ini ya\nGood day,Selamat pagi kawan\n")
+    assert read(form.format(spoken), "id") == ["Apa ini ya", "Selamat pagi kawan"]
+    long = write("b.csv", "lang,prompt,prompt_id\nid,What is,Apa ini ya\n")
+    assert read(form.format(long), "id") == ["Apa ini ya"]
+    alone = write("c.csv", "source,prompt_id\nweb,Apa ini ya\n")
+    assert read(form.format(alone), "id") == ["Apa ini ya"]
+
+
+def test_ids_of_letters_stay_ids_beside_a_column_of_indonesian(write):
+    path = write("a.csv", "id,en,indonesian\nhate,a b,c d\nother things,e f,g h\n")
+    queries = load_queries(path, ["en", "id"])
+    assert texts(queries, "id") == ["c d", "g h"] and ids(queries) == ["hate", "other things"]
+
+
+@pytest.mark.parametrize("code", ["en-US", "eng_Latn", "English"])
+def test_a_locale_that_is_the_same_in_all_rows_says_nothing(write, code):
+    wide = write("a.csv", f"prompt,jv,locale\nHello?,Halo?,{code}\nBye?,Dah?,{code}\n")
+    assert texts(load_queries(wide, ["en", "jv"]), "jv") == ["Halo?", "Dah?"]
+    several = write("b.csv", f"prompt,locale\nHello?,{code}\nHabari?,sw-KE\n")
+    if code == "English":
+        assert read(several) == ["Hello?"]
+    else:
+        assert "locale" in error(several, ["en"])

@@ -546,7 +546,7 @@ def test_what_looks_like_a_slot_and_is_none_is_told(tmp_path, capsys):
     file = tmp_path / "p.txt"
     file.write_text("{query_en}, {query}, {langauge}")
     assert program.read_template(str(file)) == file.read_text()
-    assert "{langauge} stays as it stands" in capsys.readouterr().err
+    assert "left as they stand: ['{langauge}']" in capsys.readouterr().err
 
 
 def test_where_nobody_reads_on_the_exit_code_is_that_of_a_closed_pipe(monkeypatch, capfd):
