@@ -161,6 +161,18 @@ def test_the_learning_rate_that_is_told_is_the_one_that_is_used(train, monkeypat
     assert used == [row["lr"] for row in rows]
 
 
+def test_gradients_are_clipped_and_the_norm_that_is_told_is_theirs_before(train, monkeypatch):
+    norms = []
+
+    def step(self):
+        grads = [p.grad.flatten() for p in self.param_groups[0]["params"]]
+        norms.append(torch.cat(grads).norm().item())
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    rows = read_log(train("o", "--max-grad-norm", 0.01))
+    assert norms == pytest.approx([0.01, 0.01], rel=1e-3)
+    assert min(row["grad_norm"] for row in rows) > 0.02
+
+
 @pytest.mark.parametrize("flags", [[], ["--weight-norm", "none", "--no-grad-checkpoint"]], ids=str)
 def test_loss_and_means_follow_from_the_token_lists_of_a_step_of_two(train, flags):
     out = train("o", "--max-new-tokens", 7, *flags, steps=4)
@@ -300,11 +312,11 @@ def test_an_ema_teacher_follows_after_every_step(train, monkeypatch, rank):
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, what):
     calls = spy_learn(monkeypatch, {2, 4}, what)
-    rows = read_log(train("o", steps=5))
+    rows = read_log(train("o", "--teacher", "ema", steps=5))
     assert [row["skipped"] for row in rows] == [False, True, False, True, False]
-    weights = [student for *_, student, _ in calls]
-    moved = [not torch.equal(old[0], new[0]) for old, new in zip(weights, weights[1:])]
-    assert moved == [True, False, True, False]
+    for weights in zip(*[call[-2:] for call in calls]):  # of the student, of the teacher
+        moved = [not torch.equal(old[0], new[0]) for old, new in zip(weights, weights[1:])]
+        assert moved == [True, False, True, False]
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_weights(
@@ -430,9 +442,9 @@ def test_a_file_is_read_once_and_told_once(train, capfd):
 
 # --- what is told before and after ---
 
-def script_answers(monkeypatch, student="sepedhah", teacher="sepedhah|kursi|prau"):
-    """Let the student refuse one query, and the teacher this one and two more, of each label -> the
-    prompts that are asked."""
+def script_answers(monkeypatch, student="sepedhah|kendhang", teacher="sepedhah|kursi|prau"):
+    """Let the student refuse two queries, and the teacher one of these and two more, of each label
+    -> the prompts that are asked."""
     asked = []
 
     def answer(model, tokenizer, prompts, *rest):
@@ -461,11 +473,11 @@ def test_the_preflight_counts_refusals_and_flips_of_each_label(
     script_answers(monkeypatch)
     train("o", *JUDGED, "--preflight", 9)
     told = capsys.readouterr()
-    assert read_preflight(told.out) == {"harmful": [6, 1, 3, 2], "benign": [6, 1, 3, 2]}
+    assert read_preflight(told.out) == {"harmful": [6, 2, 3, 2], "benign": [6, 2, 3, 2]}
     assert "warning: the teacher refuses benign queries" in told.err
     data = write_queries(tmp_path / "plain.csv", label=False)
     train("p", *JUDGED, "--preflight", 99, "--label", "mixed", data=data)
-    assert read_preflight(capsys.readouterr().out) == {"mixed": [12, 2, 6, 4]}
+    assert read_preflight(capsys.readouterr().out) == {"mixed": [12, 4, 6, 4]}
 
 
 def test_a_teacher_that_refuses_fewer_harmful_queries_is_warned_of(train, monkeypatch, capsys):
@@ -787,8 +799,8 @@ def test_overwrite_leaves_what_lies_deeper_than_a_run(train):
 
 
 def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(train):
-    out = train("o")
-    for kept in (("args.json", "metrics.jsonl", "samples.jsonl"), ()):
+    out = train("o", *JUDGED, "--holdout", 0.4)
+    for kept in (("args.json", "before.json", "metrics.jsonl", "samples.jsonl"), ()):
         for path in out.iterdir():
             if path.name not in kept:
                 path.unlink()
