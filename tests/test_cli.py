@@ -299,6 +299,22 @@ def test_responses_are_sampled_by_the_policys_model_and_learned_as_they_are(
             assert drawn == (teacher, teacher_prompts, responses)
 
 
+def test_the_sampler_gets_its_flags_and_noise_of_its_own_for_each_seed_and_step(
+        train, monkeypatch):
+    want = {"temperature": 0.7, "top_k": 3, "top_p": 0.5, "max_new_tokens": 5, "vocab_size": 4096}
+    seeds = set()
+
+    def record(model, prompts, **options):
+        assert want.items() <= options.items() and 4095 in options["stop_ids"]
+        seeds.add(options["generator"].initial_seed())
+        return sample_program.sample(model, prompts, **options)
+    monkeypatch.setattr(msd, "sample", record)
+    flags = ["--temperature", 0.7, "--top-k", 3, "--top-p", 0.5, "--max-new-tokens", 5]
+    for seed in (0, 1):
+        train(f"o{seed}", *flags, "--seed", seed)
+    assert len(seeds) == 4
+
+
 @pytest.mark.parametrize("rank", [0, 2])
 def test_an_ema_teacher_follows_after_every_step(train, monkeypatch, rank):
     calls = spy_learn(monkeypatch)

@@ -463,3 +463,14 @@ def test_an_ema_in_bfloat16_keeps_what_bfloat16_would_round_away(folder):
     want = torch.full_like(before, 1e-4 * (1 - 0.99 ** 100))
     torch.testing.assert_close(q.master - before, want, atol=2e-6, rtol=0.05)
     assert torch.equal(q, q.master.bfloat16())
+
+
+def test_a_process_without_a_response_takes_its_part_in_the_sum(monkeypatch):
+    student = build_student("Llama")
+    summed = []
+    monkeypatch.setattr(msd.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(msd.dist, "all_reduce", summed.append)
+    msd.sum_gradients(student)
+    trained = list(student.parameters())
+    assert len(summed) == len(trained)  # else the others would wait for it
+    assert not any(grad.any() for grad in summed)

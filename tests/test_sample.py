@@ -47,6 +47,12 @@ def test_greedy_equals_generate_and_response_logits_each_rows_own_forward(name):
     torch.testing.assert_close(response_logits(model, PROMPTS, want), logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["Llama", "GPT2", "Cohere", "Granite", "Gemma2"])
+def test_a_head_that_scales_or_caps_is_known_so_it_sees_response_positions_alone(name):
+    model = build_model(name)
+    assert program.find_head(model)[0] is model.base_model
+
+
 @pytest.mark.parametrize("name", ROPES)
 def test_rows_that_cross_the_original_length_of_a_rope_are_as_if_alone(name):
     def build():
@@ -129,6 +135,12 @@ def test_logits_that_are_not_finite_are_one_line_that_names_them(model, value, t
     model.get_output_embeddings().weight.data[5] = value
     with pytest.raises(UserError, match="^.*logits.*$"):
         sample(model, PROMPTS, max_new_tokens=2, stop_ids=[], temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_of_logits_that_are_not_finite_none_is_drawn(temperature):
+    logits = torch.tensor([[0, math.inf], [math.nan, 0], [-math.inf, 0]])
+    assert program.sample_next_token(logits, temperature).tolist() == [-1, -1, 1]
 
 
 def test_an_id_that_the_model_has_no_embedding_for_is_one_line(model):
