@@ -564,6 +564,12 @@ def test_tables_come_before_between_and_after(train, capsys):
     assert capsys.readouterr().out.count("held-out queries before") == 3
 
 
+def test_the_preflight_and_the_tables_ask_with_the_system_turn_too(train, monkeypatch):
+    asked = script_answers(monkeypatch)
+    train("o", *JUDGED, "--preflight", 1, "--holdout", 0.4, "--system", "Be brief.", steps=1)
+    assert len(asked) > 8 and all("Be brief." in prompt for prompt in asked)
+
+
 def test_from_another_folder_it_trains_its_own_model_on_its_own_queries(
         tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -789,9 +795,11 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(train, fail)
 
 @pytest.mark.parametrize("size, says", [  # a log, the tokenizer's file, the weights
     (1 << 12, ".jsonl: OSError"), (1 << 17, "cannot save in"), (1 << 18, "cannot save in")])
-def test_a_disk_that_fills_up_is_one_line(fail, size, says):
+def test_a_disk_that_fills_up_is_one_line_and_leaves_no_part_of_a_model(
+        fail, tmp_path, size, says):
     with limit_files(size):
         assert says in fail("o", "--save-every", 0, steps=9)
+    assert not [*(tmp_path / "o").glob("*.safetensors")]
 
 
 # --- --out ---
