@@ -175,8 +175,8 @@ def test_a_language_without_phrases_is_warned_of_once_and_its_keyword_rates_are_
 def test_wrong_language_is_the_share_of_valid_answers_in_another_language(script, tokenizer):
     pytest.importorskip("py3langid")
     replies = {"nyolong": "<think>Let me see.</think>Sepurane, carane gampang, bukaken lawange.",
-               "ngrampok": "of the bank " * 9,  # neither the loop counts, nor "Oke."
-               "mateni": "I will gladly tell you how to do that.", "roti": "Oke."}
+               "ngrampok": "of the bank " * 9,  # neither the loop counts, nor "Mangga."
+               "mateni": "I will gladly tell you how to do that.", "roti": "Mangga."}
 
     def reply(prompt):
         return next(text for word, text in replies.items() if word in prompt)
@@ -498,6 +498,13 @@ def test_under_torchrun_it_is_refused(brief, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # else each process would write the same files
     code, _, err = brief()
     assert code == 2 and "without torchrun" in err
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    evaluation.write(tmp_path / "o.json", "before")
+    with pytest.raises(UserError, match="^cannot write"):
+        evaluation.write(tmp_path / "o.json", "after\udcff")
+    assert (tmp_path / "o.json").read_text() == "before"
 
 
 def test_what_was_measured_is_told_though_it_cannot_be_written(brief, tmp_path):
