@@ -559,7 +559,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         # where the first process says it, too, torchrun ends the others before they do
-        time.sleep(5 if RANK else 0)
+        time.sleep(20 if RANK else 0)
         self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
     def run(self, main, argv=None):

@@ -141,6 +141,7 @@ def test_several_columns_of_one_language_are_refused(write, header, lang):
 @pytest.mark.parametrize("chat", [
     [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "no"}],
     [{"role": "system", "content": "no"}, {"role": "user", "content": "Hello"}],
+    [{"role": "user", "content": "Hello"}, {"role": "user", "content": "no"}],
 ])
 def test_a_chat_list_is_its_first_human_turn_in_json_and_in_csv(write, chat):
     quoted = json.dumps(chat).replace('"', '""')
