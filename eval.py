@@ -345,8 +345,9 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         extra = queries[0].extra
         if lang.upper() in extra and known.setdefault((path, *texts), lang).upper() not in extra:
             raise UserError(f"{path} names no language: say whose it is, as {lang}={path}")
-        by_own_text = [query.key for query in queries] == list(map(normalise, texts))
-        if 0 < holdout < 1 and by_own_text and lang not in ("en", source_lang):
+        keys = [query.key for query in queries]
+        is_split = 0 < holdout < 1 and lang not in ("en", source_lang)
+        if is_split and keys == list(map(normalise, texts)):
             tell(f"warning: {path}: {lang} has no English, and is held out by its own text: what "
                  "was trained on beside its English may be judged here")
         queries = split(queries, holdout)[1]

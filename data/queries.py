@@ -296,10 +296,9 @@ def read_file(path, langs, is_named=False):
 def find_language(rows, columns, langs):
     """The column that names a row's language, or None. By another name than language or lang it
     counts only where rows differ in it, or it holds what is asked for."""
-    for name in LANGUAGE_COLUMNS:
+    for name in [name for name in LANGUAGE_COLUMNS if name in columns]:
         codes = {read_code(clean(row.get(name))) for row in rows}
-        tells = name in LANGUAGE_COLUMNS[:2] or len(codes) > 1 or set(langs) <= codes
-        if name in columns and tells:
+        if name in LANGUAGE_COLUMNS[:2] or len(codes) > 1 or set(langs) <= codes:
             return name
 
 
