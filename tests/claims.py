@@ -13,6 +13,10 @@ makes a table of answers that eval.py kept, a line a condition and language: mea
 runs, each run's value behind them. --half cuts the queries in two by a hash of their ids: one to
 choose by, one to report. --read takes a reader's verdicts on some of these answers, and the rates
 that follow from them stand beside the keyword judge's.
+
+    python tests/claims.py --model base --drift out/a out/b --lang vi,en --dtype bfloat16
+
+makes a table of the drift of models that are there, a line each, a column a language.
 """
 import argparse
 import hashlib
@@ -33,7 +37,8 @@ import eval as evaluation  # noqa: E402
 from data.judges import load_refusals  # noqa: E402
 from data.queries import load_queries, split  # noqa: E402
 from sample import (  # noqa: E402
-    encode_chat, find_path, find_stop_ids, find_vocab_size, load_model, response_logits, sample)
+    encode_chat, find_device, find_path, find_stop_ids, find_vocab_size, load_model,
+    response_logits, sample)
 
 CONDITIONS = {  # name: (flags of msd.py, seeds)
     "default: on-policy, DPSW, reverse KL": ("", 5),
@@ -72,9 +77,9 @@ def train(args, name, flags, seed):
     return folder
 
 
-def load(folder):
+def load(folder, dtype="float32"):
     """(model, tokenizer)."""
-    return load_model(str(folder), torch.device("cpu"), torch.float32)
+    return load_model(str(folder), *find_device("cpu", dtype))
 
 
 def measure(args, model, tokenizer, base, queries):
@@ -117,11 +122,24 @@ def measure_drift(base, model, tokenizer, queries, lang):
         batch = prompts[at:at + BATCH_SIZE]
         responses = sample(base, batch, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids, temperature=0,
                            vocab_size=find_vocab_size(tokenizer))
-        base_logp = response_logits(base, batch, responses).log_softmax(-1)  # (N, V)
-        logp = response_logits(model, batch, responses).log_softmax(-1)
+        base_logp = response_logits(base, batch, responses).float().log_softmax(-1)  # (N, V)
+        logp = response_logits(model, batch, responses).float().log_softmax(-1)
         total += (base_logp.exp() * (base_logp - logp)).sum().item()
         tokens += len(logp)
     return total / tokens
+
+
+def compare_drift(args):
+    """Print the table of --drift."""
+    langs = args.lang.split(",")
+    queries = split(load_queries(ROOT / "data/queries.csv", ["en", *langs]), 0.2)[1]
+    base, tokenizer = load(args.model, args.dtype)
+    show("model", *(f"drift {lang}" for lang in langs))
+    show(*["---"] * (1 + len(langs)))
+    for name in args.drift:
+        model, _ = load(name, args.dtype)
+        found = [measure_drift(base, model, tokenizer, queries, lang) for lang in langs]
+        show(name, *map("{:.3f}".format, found))
 
 
 def read_answers(path, half):
@@ -268,6 +286,8 @@ def build_parser():
     add("--out", default="out/claims")
     add("--answers", nargs="+", help="NAME=FILE.items.jsonl[,…] of kept answers: their table alone")
     add("--half", type=int, choices=(0, 1), help="of the queries of --answers; default: all")
+    add("--drift", nargs="+", help="models whose drift from --model is measured, and no more")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of --drift")
     add("--read", help="a reader's verdicts: JSONL of lang, prompt, response, read")
     return parser
 
@@ -277,6 +297,8 @@ def main():
     args = build_parser().parse_args()
     if args.answers:
         return compare_answers(args)
+    if args.drift:
+        return compare_drift(args)
     langs = [args.lang, "en", *args.unseen.split(",")]
     queries = split(load_queries(ROOT / "data/queries.csv", langs), 0.2)[1]
     base, tokenizer = load(args.model)
