@@ -203,7 +203,7 @@ def compare_answers(args):
         for lang in dict.fromkeys(row["lang"] for row in runs[0][0]):
             cells, unsafe_here = describe_language(runs, lang, readings)
             show(name, lang, len(runs), *cells)
-            if unsafe_here:
+            if len(unsafe_here) == len(runs):  # a run may lack a language
                 unsafe.append(unsafe_here)
         if len(unsafe) > 1 and None not in sum(unsafe, []):
             means = [mean(values) for values in zip(*unsafe, strict=True)]
