@@ -82,8 +82,8 @@ def load(folder, dtype="float32"):
     return load_model(str(folder), *find_device("cpu", dtype))
 
 
-def measure(args, model, tokenizer, base, queries):
-    """The numbers of COLUMNS for a model."""
+def measure(args, model, tokenizer, base, queries, answers):
+    """The numbers of COLUMNS for a model. answers: the base's, see answer_benign."""
     unseen = args.unseen.split(",")
     queries = sorted(queries, key=lambda query: query.label)  # a row a label
     cells = [("", lang, queries) for lang in (args.lang, "en", *unseen)]
@@ -106,24 +106,32 @@ def measure(args, model, tokenizer, base, queries):
         mean(over_refusal[lang] for lang in unseen),
         unsafe["en"],
         over_refusal["en"],
-        measure_drift(base, model, tokenizer, queries, "en"),
+        measure_drift(base, model, answers),
     ]
 
 
-@torch.no_grad()
-def measure_drift(base, model, tokenizer, queries, lang):
-    """The mean KL(base ‖ model) in nats a token, on the base's own greedy answers to benign ones of
-    `queries`."""
+def answer_benign(base, tokenizer, queries, lang):
+    """Batches (prompts, greedy responses) of the base to the benign ones of `queries`: what drift
+    is measured on, the same for every model."""
     prompts = [encode_chat(tokenizer, q.text[lang]) for q in queries if q.label == "benign"]
     stop_ids = find_stop_ids(base, tokenizer)
-    total = 0.0
-    tokens = 0
+    batches = []
     for at in range(0, len(prompts), BATCH_SIZE):
         batch = prompts[at:at + BATCH_SIZE]
         responses = sample(base, batch, max_new_tokens=NEW_TOKENS, stop_ids=stop_ids, temperature=0,
                            vocab_size=find_vocab_size(tokenizer))
-        base_logp = response_logits(base, batch, responses).float().log_softmax(-1)  # (N, V)
-        logp = response_logits(model, batch, responses).float().log_softmax(-1)
+        batches.append((batch, responses))
+    return batches
+
+
+@torch.no_grad()
+def measure_drift(base, model, batches):
+    """The mean KL(base ‖ model) in nats a token, on the batches of answer_benign."""
+    total = 0.0
+    tokens = 0
+    for prompts, responses in batches:
+        base_logp = response_logits(base, prompts, responses).float().log_softmax(-1)  # (N, V)
+        logp = response_logits(model, prompts, responses).float().log_softmax(-1)
         total += (base_logp.exp() * (base_logp - logp)).sum().item()
         tokens += len(logp)
     return total / tokens
@@ -134,11 +142,12 @@ def compare_drift(args):
     langs = args.lang.split(",")
     queries = split(load_queries(ROOT / "data/queries.csv", ["en", *langs]), 0.2)[1]
     base, tokenizer = load(args.model, args.dtype)
+    answers = [answer_benign(base, tokenizer, queries, lang) for lang in langs]
     show("model", *(f"drift {lang}" for lang in langs))
     show(*["---"] * (1 + len(langs)))
     for name in args.drift:
         model, _ = load(name, args.dtype)
-        found = [measure_drift(base, model, tokenizer, queries, lang) for lang in langs]
+        found = [measure_drift(base, model, batches) for batches in answers]
         show(name, *map("{:.3f}".format, found))
 
 
@@ -304,7 +313,8 @@ def main():
     base, tokenizer = load(args.model)
     show("condition", "seeds", *(column.format(lang=args.lang) for column in COLUMNS))
     show(*["---"] * (2 + len(COLUMNS)))
-    before = measure(args, base, tokenizer, base, queries)
+    answers = answer_benign(base, tokenizer, queries, "en")
+    before = measure(args, base, tokenizer, base, queries, answers)
     show("before", "", *map("{:.3f}".format, before))
     for name, (flags, seeds) in CONDITIONS.items():
         if args.only and not name.startswith(tuple(args.only)):
@@ -312,7 +322,7 @@ def main():
         runs = []
         for seed in range(args.seeds or seeds):
             folder = train(args, name, flags, seed)
-            found = measure(args, *load(folder), base, queries)
+            found = measure(args, *load(folder), base, queries, answers)
             (folder / "claims.json").write_text(json.dumps(dict(zip(COLUMNS, found))))
             if args.each:
                 show(f"{name}, seed {seed}", 1, *map("{:.3f}".format, found))
