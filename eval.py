@@ -220,13 +220,18 @@ def show(x):
     return "" if x is None else f"{x:.2f}"
 
 
+def name_language(row):
+    """A row's language, with * if the model was trained on it."""
+    return row["lang"] + ("*" if row["seen"] else "")
+
+
 def format_table(rows):
     """The rows as a table of 95 columns: each one's main rate with its 95 % interval, what was
-    invalid or in another language, the base's rate, the change. * marks a language trained on."""
+    invalid or in another language, the base's rate, the change."""
     lines = ["data       lang   rate            n             95 % invalid off-lang  base change"
              "        95 %"]
     for row in rows:
-        lang = row["lang"] + ("*" if row["seen"] else "")
+        lang = name_language(row)
         rate = MAIN_RATE[row["label"]]
         told = {key: show(row[key]) for key in RATES}
         lines.append(f"{Path(row['data']).stem[:10]:10} {lang:6} {rate:12} {row['n']:4} "
@@ -252,7 +257,8 @@ def draw(rows, path):
     """Each row's main rate, a bar, and the base's, a line, as an image. Raises UserError."""
     from matplotlib.figure import Figure
     axes = Figure(figsize=(10, 4), layout="constrained").subplots()
-    names = [f"{row['lang']}\n{MAIN_RATE[row['label']]}\n{Path(row['data']).stem}" for row in rows]
+    names = [f"{name_language(row)}\n{MAIN_RATE[row['label']]}\n{Path(row['data']).stem}"
+             for row in rows]
     rates = np.array([row[MAIN_RATE[row["label"]]] for row in rows], float)  # unknown: no bar
     axes.bar(names, rates, label="model")
     axes.plot(names, [row["base"] for row in rows], "k_", markersize=30, label="base")
