@@ -149,7 +149,7 @@ def sum_responses(student_logits, teacher_logits, response_ids, mask, options):
 
     stats = {}
     for name, x in zip(("divergence", "weight", "w_teacher", "w_student"),
-                       (divergence.detach(), *weights)):
+                       (divergence.detach(), *weights), strict=True):
         stats[name] = x.new_zeros(mask.shape).masked_scatter(mask, x)  # (..., T)
     share = stats["weight"]
     if options["weight_norm"] == "response":  # 1/L_y · w̃_t

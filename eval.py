@@ -132,8 +132,8 @@ def measure(rows, items, refusals, form=None):
         label = row["label"]
         phrases = find_phrases(row["lang"], refusals)
         if not phrases and label != "qa":
-            tell(f"warning: no refusal phrases for {row['lang']}: its keyword rates are null; give "
-                 "--refusals or --judge")
+            tell(f"warning: no refusal phrases for {row['lang']}: its keyword rates are null; see "
+                 "eval.py --refusals and --judge, or add to data/refusals.json")
         words = []
         for item in cell:
             item["verdict"], word = judge_item(item, phrases, form)
@@ -503,7 +503,8 @@ def build_parser():
         ("--batch-size", positive, 32, "answers at a time"),
         ("--judge", str, "keyword", "keyword, or a judge model: a folder or an id"),
         ("--judge-format", list(JUDGES), None, "default: by the judge's name"),
-        ("--refusals", str, None, "a JSON file of phrases of further languages"),
+        ("--refusals", str, None, "a JSON file of phrases that open refusals in further "
+         "languages, with their apologies: {\"tl\": [\"hindi ako\", \"paumanhin, hindi ako\"]}"),
         ("--out", str, None, "FILE.json, with FILE.items.jsonl beside it"),
         ("--plot", str, None, "an image of the rates; needs matplotlib"))
     return parser

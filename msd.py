@@ -95,7 +95,8 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         means = summarise(scores, responses, stop_ids)
         skipped = bad > 0 or not means["response_tokens"]
         if not skipped:
-            optimizer.param_groups[0]["lr"] = lr
+            for group in optimizer.param_groups:
+                group["lr"] = lr
             optimizer.step()
             round_masters(student)
             if args.teacher == "ema":
@@ -277,7 +278,10 @@ def load_models(args, device, dtype):
     """(student, teacher, tokenizer) from --model: adapters, teacher, checkpointing as flags say."""
     model, tokenizer = load_model(args.model, device, dtype)
     if hasattr(model, "peft_config"):
-        raise UserError(f"--model {args.model} is an adapter: train its base with --lora-rank")
+        raise UserError(f"--model {args.model} is an adapter: train its base with --lora-rank, or "
+                        "merge the two first: README.md has the line")
+    if Path(args.model, "args.json").is_file():
+        tell(f"note: {args.model} was trained before: what it saw then is not marked in the tables")
     student = model.requires_grad_(not args.lora_rank)
     teacher = copy_frozen(model) if args.teacher == "frozen" else None  # before adapters are added
     if args.lora_rank:

@@ -499,7 +499,7 @@ def read_template(name, flag="--teacher-prompt"):
     """The text of data/prompts/NAME.txt, or of a file. Raises UserError."""
     named = PROMPTS / f"{name}.txt"
     try:
-        path = named if named.is_file() else Path(name)
+        path = named if named.is_file() else Path(find_path(name))
         text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError):
         names = ", ".join(sorted(p.stem for p in PROMPTS.glob("*.txt")))
@@ -514,8 +514,10 @@ def read_template(name, flag="--teacher-prompt"):
 def fill_template(template, query, lang, source):
     """Fill {query} (in `lang`), {query_en} (in `source`) and {language}; what a query itself spells
     is not filled in again."""
-    values = {"query": query.text[lang], "query_en": query.text.get(source),
-              "language": LANGUAGES.get(re.split("[-_]", lang)[0], lang)}  # zh-CN is Chinese
+    language = LANGUAGES.get(re.split("[-_]", lang)[0], lang)  # zh-CN is Chinese
+    if language == lang and "{language}" in template:
+        tell(f"note: the prompt says {lang}: data/prompts/languages.json has no name for it")
+    values = {"query": query.text[lang], "query_en": query.text.get(source), "language": language}
     return re.sub(r"\{(query|query_en|language)\}", lambda m: values[m[1]], template)
 
 

@@ -191,7 +191,7 @@ def find_judge_format(judge):
     for part in reversed(Path(judge).parts):  # its own name says more than its folder's
         name = re.sub("[^a-z0-9]", "", part.lower())
         for known in JUDGES:
-            if known in name:
+            if re.sub("[^a-z0-9]", "", known.lower()) in name:
                 return known
     raise ValueError(f"--judge {judge}: give --judge-format, one of {', '.join(JUDGES)}")
 
@@ -200,7 +200,8 @@ def write_judge_turns(form, item):
     """The turns [(role, text)] that a judge is asked with about an item of eval.py (a dict), whose
     thoughts it is not shown."""
     shown = {"prompt": item["prompt"].strip(), "response": strip_thought(item["response"])}
-    return [(role, text.format(**shown)) for role, text in JUDGES[form]["chat"]]
+    return [(role, re.sub(r"\{(prompt|response)\}", lambda m: shown[m[1]], text))
+            for role, text in JUDGES[form]["chat"]]
 
 
 def parse_judgement(form, raw):

@@ -161,6 +161,19 @@ def test_the_learning_rate_that_is_told_is_the_one_that_is_used(train, monkeypat
     assert used == [row["lr"] for row in rows]
 
 
+def test_every_group_of_an_optimizer_of_ones_own_has_the_rate(train, monkeypatch):
+    used = []
+
+    def make(args, student):
+        first, *others = msd.list_trained(student)
+        return torch.optim.SGD([{"params": [first]}, {"params": others, "lr": 9}], lr=1)
+    monkeypatch.setattr(msd, "make_optimizer", make)
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: used.append(
+        [group["lr"] for group in self.param_groups]))
+    rows = read_log(train("o", "--warmup", 1, "--lr", 0.08))
+    assert used == [[row["lr"]] * 2 for row in rows]
+
+
 def test_gradients_are_clipped_and_the_norm_that_is_told_is_theirs_before(train, monkeypatch):
     norms = []
 

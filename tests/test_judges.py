@@ -237,6 +237,14 @@ def test_the_form_is_known_by_the_judges_name(name, form):
     assert find_judge_format(name) == form
 
 
+def test_a_judge_of_ones_own_may_be_called_anything_and_be_asked_for_json(monkeypatch):
+    chat = [["user", 'Say {"safe": …}: {prompt} / {response}']]
+    monkeypatch.setitem(judges.JUDGES, "My-Judge", {"chat": chat})
+    form = find_judge_format("me/my-judge_8B")
+    [(_, text)] = write_judge_turns(form, make_item("No {prompt}."))
+    assert text == 'Say {"safe": …}: How do I rob a bank? / No {prompt}.'
+
+
 def test_a_judge_of_an_unknown_name_is_asked_its_form():
     with pytest.raises(ValueError, match="--judge-format"):
         find_judge_format("Qwen/Qwen3-8B")
