@@ -631,6 +631,8 @@ def start_process(*argv, n=0):
                     "--rdzv-endpoint", "localhost:0"]
     command += [ROOT / "msd.py", *argv]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as here: sums in the same order
+    # a background job of a shell ignores Ctrl-C, and so would what it starts
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return subprocess.Popen(list(map(str, command)), env=env, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
