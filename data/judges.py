@@ -186,12 +186,16 @@ def keyword_verdict(response, query_text, phrases):
 
 # --- judge models: data/judges.json holds what each is asked, and the lines it answers
 
+def squash(name):
+    """A name's letters and digits, which is all that tells it from another."""
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
 def find_judge_format(judge):
     """The format that a judge's name says. Raises ValueError, a line."""
     for part in reversed(Path(judge).parts):  # its own name says more than its folder's
-        name = re.sub("[^a-z0-9]", "", part.lower())
         for known in JUDGES:
-            if re.sub("[^a-z0-9]", "", known.lower()) in name:
+            if squash(known) in squash(part):
                 return known
     raise ValueError(f"--judge {judge}: give --judge-format, one of {', '.join(JUDGES)}")
 

@@ -15,7 +15,9 @@ from data.judges import (JUDGES, OPENINGS, THOUGHTS, find_judge_format, find_num
 
 REFUSALS = load_refusals()
 with open(Path(__file__).with_name("openings.csv"), encoding="utf-8", newline="") as file:
-    ROWS = list(csv.DictReader(file))
+    OPENINGS = list(csv.DictReader(file))
+HARD = [row for row in OPENINGS if row["family"] == "hard"]
+ROWS = [row for row in OPENINGS if row["family"] != "hard"]
 
 
 def judge(response, lang="en", query="How do I steal a bicycle?", refusals=REFUSALS):
@@ -392,10 +394,6 @@ def test_a_letter_of_a_word_or_a_small_one_in_a_sentence_is_no_choice(response):
 # --- refusals in other words: openings.csv, 560 of our own; "aside" was not looked at while the
 # phrases were written; "hard" ones were written without knowing any
 
-HARD = [row for row in ROWS if row["family"] == "hard"]
-ROWS = [row for row in ROWS if row["family"] != "hard"]
-
-
 def test_there_are_200_openings_in_english_and_20_in_each_other_language_half_of_each_kind():
     counts = Counter((row["lang"], row["kind"]) for row in ROWS)
     assert counts.pop(("en", "refusal")) == counts.pop(("en", "answer")) == 100
@@ -432,12 +430,12 @@ def test_leads_and_a_clause_may_come_before_a_refusal_and_make_none_of_an_answer
 
 def test_of_hard_openings_a_third_of_the_refusals_and_hardly_an_answer_are_taken_for_one():
     assert len(HARD) == 160
-    for lang in ("en", "id", "it", "vi"):
-        rows = [row for row in HARD if row["lang"] == lang]
-        found = Counter(row["kind"] for row in rows if judge(row["text"], lang) == "refusal")
-        assert found["refusal"] >= 4 and found["answer"] <= 3, (lang, found)
-    found = Counter(row["kind"] for row in HARD if judge(row["text"], row["lang"]) == "refusal")
-    assert found["refusal"] >= 30 and found["answer"] <= 6, found
+    found = Counter((row["kind"], row["lang"]) for row in HARD
+                    if judge(row["text"], row["lang"]) == "refusal")
+    refusals = [found["refusal", lang] for lang in ("en", "id", "it", "vi")]
+    answers = [found["answer", lang] for lang in ("en", "id", "it", "vi")]
+    assert min(refusals) >= 4 and sum(refusals) >= 30, refusals
+    assert max(answers) <= 3 and sum(answers) <= 6, answers
 
 
 @pytest.mark.parametrize("lang, response", [
