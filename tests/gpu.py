@@ -259,6 +259,8 @@ def check_learning():
         mine = sum(map(len, prompts)) + B * NEW
         theirs = sum(map(len, context)) + B * NEW
         flops = body * ((4 if rank else 6) * mine + 2 * theirs)
+        head = student.get_output_embeddings().weight.numel()  # it sees response tokens alone
+        flops += head * B * NEW * ((4 if rank else 6) + 2)
         tell(f"learning, {shape}, LoRA {rank}, {B} rows", loss == loss, loss=loss, sampling_s=began,
              learning_s=seconds, update_s=update, tflops=flops / seconds / 1e12,
              share_of_dense=flops / seconds / CARD["flops"], peak_gb=peak_gb())
@@ -295,24 +297,28 @@ def run_msd(out, *flags):
     """msd.py in this process, on data/tiny -> its weights as one vector."""
     from safetensors.torch import load_file
 
-    args = make_args("--device", DEVICE, "--batch-size", 4, "--eval-every", 0, "--save-every", 2,
+    args = make_args("--device", DEVICE, "--batch-size", 4, "--eval-every", 0, "--save-every", 1,
                      "--max-new-tokens", 8, "--out", out, *flags)
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         msd.main(args)
-    weights = load_file(Path(out, "model.safetensors"))
+    [path] = Path(out).glob("*model.safetensors")  # a model's, or an adapter's
+    weights = load_file(path)
     return torch.cat([weights[name].double().flatten() for name in sorted(weights)])
 
 
 def check_resume():
-    """Two equal runs and a resumed one: bit for bit, or how far apart."""
-    with tempfile.TemporaryDirectory() as folder:
-        first = run_msd(f"{folder}/a", "--steps", 4)
-        again = run_msd(f"{folder}/b", "--steps", 4)
-        run_msd(f"{folder}/c", "--steps", 2)
-        resumed = run_msd(f"{folder}/c", "--steps", 4, "--resume")
-    same = torch.equal(first, again) and torch.equal(first, resumed)
-    tell("resume", None if CUDA else same, bit_for_bit=same,
-         twice=(first - again).abs().max().item(), resumed=(first - resumed).abs().max().item())
+    """Two equal runs and a resumed one, in full and under LoRA: bit for bit, or how far apart."""
+    for rank in (0, 8):
+        flags = ("--lora-rank", rank)
+        with tempfile.TemporaryDirectory() as folder:
+            first = run_msd(f"{folder}/a", "--steps", 2, *flags)
+            again = run_msd(f"{folder}/b", "--steps", 2, *flags)
+            run_msd(f"{folder}/c", "--steps", 1, *flags)
+            resumed = run_msd(f"{folder}/c", "--steps", 2, "--resume", *flags)
+        same = torch.equal(first, again) and torch.equal(first, resumed)
+        tell(f"resume, LoRA {rank}", None if CUDA else same, bit_for_bit=same,
+             twice=(first - again).abs().max().item(),
+             resumed=(first - resumed).abs().max().item())
 
 
 def check_masters():
@@ -339,16 +345,31 @@ def check_masters():
 
 
 def check_sdpa():
-    """cuDNN's attention plans anew for every shape: seconds of a first and of a later call."""
+    """A decoded token's attention over a cache of grouped heads, as the sampler has it and as a
+    copy for each head; and cuDNN's, which plans anew for every shape: a first and a later call."""
+    attend = torch.nn.functional.scaled_dot_product_attention
+    B, slots, groups, D = (16, 1024, 4, 128) if CUDA else (2, 16, 2, 8)
+    heads = 7 * groups
+    query = torch.randn(B, heads, 1, D, device=DEVICE, dtype=DTYPE)
+    cache = torch.randn(B, groups, slots, D, device=DEVICE, dtype=DTYPE)
+    mask = torch.zeros(B, 1, 1, slots, device=DEVICE, dtype=DTYPE)
+    grouped, _ = sampler.attend_by_group(None, query, cache, cache, mask)
+    copied = cache.repeat_interleave(7, 1)
+    expected = attend(query, copied, copied, attn_mask=mask).transpose(1, 2)
+    own = measure(lambda: sampler.attend_by_group(None, query, cache, cache, mask))
+    theirs = measure(lambda: attend(query, cache.repeat_interleave(7, 1),
+                                    cache.repeat_interleave(7, 1), attn_mask=mask))
+    tell("sdpa: milliseconds of grouped heads, packed and copied",
+         torch.allclose(grouped, expected, atol=2e-2), packed=1e3 * own, copied=1e3 * theirs,
+         share_of_memory_rate=2 * cache.nbytes / own / CARD["bytes"])
     if not CUDA:
-        tell("sdpa: skipped without CUDA")
+        tell("sdpa: cuDNN skipped without CUDA")
         return
     for allowed in (False, True):
         torch.backends.cuda.enable_cudnn_sdp(allowed)
         costs = []
         for T in (97, 97, 131, 131):
             q = torch.randn(4, 8, T, 128, device=DEVICE, dtype=DTYPE)
-            attend = torch.nn.functional.scaled_dot_product_attention
             costs.append(1e3 * clock(attend, q, q, q, is_causal=True)[0])
         tell(f"sdpa: milliseconds, cuDNN {allowed}", None, first=costs[0], same=costs[1],
              other=costs[2], same_other=costs[3])
@@ -376,7 +397,7 @@ SECTIONS = {  # name: (what it runs, the seconds that it may take)
     "loss": (check_loss, 30),
     "masters": (check_masters, 20),
     "sdpa": (check_sdpa, 20),
-    "resume": (check_resume, 50),
+    "resume": (check_resume, 80),
     "plan": (check_plan, 40),
 }
 

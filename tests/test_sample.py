@@ -16,6 +16,7 @@ import torch
 from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.integrations import sdpa_attention
 
 import sample as program
 from conftest import (ARCHITECTURES, CHATML, INST, LINES, PARTS, ROPES, USER_ONLY, add_adapter,
@@ -251,6 +252,16 @@ def test_a_step_moves_no_tensor_so_that_a_graph_may_hold_it(model):
         with torch.no_grad():
             decoder.step(torch.full((len(PROMPTS),), token))
         assert find() == before and decoder.token.eq(token).all()
+
+
+@pytest.mark.parametrize("version", ["this", "before 5.23"])
+def test_no_keys_or_values_are_copied_for_the_heads_that_share_them(monkeypatch, version):
+    model = build_model("Llama")  # two heads share one
+    want = generate(model, PROMPTS, 8)
+    if version == "before 5.23":
+        monkeypatch.delattr(sdpa_attention, "pack_gqa", raising=False)
+    monkeypatch.delattr(sdpa_attention, "repeat_kv")
+    assert program.decodes_ragged(model, 20) and greedy(model, PROMPTS, 8) == want
 
 
 def test_under_gradient_checkpointing_it_still_decodes_with_a_cache(model):
