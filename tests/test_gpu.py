@@ -9,8 +9,8 @@ from pathlib import Path
 def test_the_gpu_script_runs_on_a_cpu_and_calls_nothing_passed_that_needs_cuda(tmp_path):
     script = Path(__file__).parent / "gpu.py"
     done = subprocess.run(
-        [sys.executable, script, "--device", "cpu", "--shapes", "tiny", "--minutes", "1"],
-        capture_output=True, text=True, env={**os.environ, "OUT": str(tmp_path)}, timeout=120)
+        [sys.executable, script, "--device", "cpu", "--shapes", "tiny", "--minutes", "2"],
+        capture_output=True, text=True, env={**os.environ, "OUT": str(tmp_path)}, timeout=180)
     lines = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     assert done.returncode == 0, lines
     checks = {line["check"]: line for line in lines}
