@@ -88,7 +88,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         loss, scores = learn(args, student, teacher, student_prompts, teacher_prompts, responses)
 
         # 4. update; what is not finite is never stepped on
-        weights = list_trained(student)
+        weights = list_masters(student)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
         lr = args.lr * min(1, (step + 1) / (args.warmup + 1))
         bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
@@ -211,44 +211,39 @@ def write_teacher_prompts(args, teacher, tokenizer, template, batch):
 @torch.no_grad()
 def update_ema(teacher, student, decay):
     """teacher ← decay · teacher + (1 − decay) · student, of what is trained: the rest is shared."""
-    for average, weight in zip(list_trained(student, teacher), list_trained(student)):
+    for average, weight in zip(list_masters(teacher), list_masters(student)):
         average.lerp_(weight, 1 - decay)
     round_masters(teacher)
 
 
 # --- float32 masters: weights in bfloat16 alone would lose small updates to rounding ---
 
-def add_masters(model, trained):
-    """Give each trained weight of less than float32 a float32 `master`, which sums its gradients.
-    trained: of each weight, whether it is."""
+def add_masters(model):
+    """Give each trained weight a `master` that the optimizer changes: itself, or of less than
+    float32 a float32 copy, which sums its gradients."""
     def move_gradient(p):
         grad = p.grad.float()
         p.grad = None
         p.master.grad = grad if p.master.grad is None else p.master.grad.add_(grad)
 
-    for p, is_trained in zip(model.parameters(), trained):
-        if is_trained and p.dtype != torch.float32:
-            p.master = p.detach().float()
-            if p.requires_grad:
+    for p in model.parameters():
+        if p.requires_grad:
+            p.master = p
+            if p.dtype != torch.float32:
+                p.master = p.detach().float()
                 p.register_post_accumulate_grad_hook(move_gradient)
 
 
-def find_master(p):
-    """What the optimizer changes of a weight: its master, or itself."""
-    return getattr(p, "master", p)
-
-
-def list_trained(student, model=None):
-    """What the optimizer changes, or what another model has in its place."""
-    pairs = zip(student.parameters(), (model or student).parameters())
-    return [find_master(q) for p, q in pairs if p.requires_grad]
+def list_masters(model):
+    """What the optimizer changes of the student, or the averages of an EMA teacher."""
+    return [p.master for p in model.parameters() if hasattr(p, "master")]
 
 
 @torch.no_grad()
 def round_masters(model):
     """Copy the masters into the weights that run."""
     for p in model.parameters():
-        if p is not find_master(p):
+        if hasattr(p, "master"):
             p.copy_(p.master)
 
 
@@ -266,7 +261,7 @@ def join_processes(args, device):
 def sum_gradients(student):
     """Sum the gradients of all processes, in place."""
     if dist.is_initialized():
-        for p in list_trained(student):
+        for p in list_masters(student):
             if p.grad is None:  # this process had no response with a token
                 p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad)
@@ -283,7 +278,7 @@ def load_models(args, device, dtype):
     if Path(args.model, "args.json").is_file():
         tell(f"note: {args.model} was trained before: what it saw then is not marked in the tables")
     student = model.requires_grad_(not args.lora_rank)
-    teacher = copy_frozen(model) if args.teacher == "frozen" else None  # before adapters are added
+    teacher = copy_model(model) if args.teacher == "frozen" else None  # before adapters are added
     if args.lora_rank:
         peft = need("peft", "train with --lora-rank")
         torch.manual_seed(args.seed)
@@ -291,20 +286,21 @@ def load_models(args, device, dtype):
                                  target_modules="all-linear", task_type="CAUSAL_LM")
         with evaluation.told_in_a_line("--lora-rank"):  # Mamba's layers take none
             student = peft.get_peft_model(model, config)
-    trained = [p.requires_grad for p in student.parameters()]
     if args.teacher == "ema":
-        teacher = copy_frozen(student)
-        add_masters(teacher, trained)
-    add_masters(student, trained)
+        teacher = copy_model(student)
+        add_masters(teacher)
+    if teacher:
+        teacher.requires_grad_(False)
+    add_masters(student)
     if args.grad_checkpoint:
         enable_grad_checkpoint(student)
     return student, teacher or student, tokenizer
 
 
-def copy_frozen(model):
-    """A copy that is never trained; it shares the weights that `model` does not train either."""
+def copy_model(model):
+    """A copy that shares the weights that `model` does not train."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared).requires_grad_(False).eval()
+    return copy.deepcopy(model, shared).eval()
 
 
 def enable_grad_checkpoint(model):
@@ -326,7 +322,7 @@ def checkpoint_layer(forward, *args, **kwargs):
 
 def make_optimizer(args, student):
     """AdamW over what is trained."""
-    return torch.optim.AdamW(list_trained(student), args.lr, betas=(0.9, 0.99), weight_decay=0.0,
+    return torch.optim.AdamW(list_masters(student), args.lr, betas=(0.9, 0.99), weight_decay=0.0,
                              fused=True)
 
 
@@ -491,18 +487,12 @@ def start_out(args, before):
     evaluation.write(Path(args.out, "args.json"), json.dumps(vars(args), indent=1))
 
 
-def list_state(args, student, teacher):
-    """The weights that a run changes: the trained ones, and an EMA teacher's averages of them."""
-    averages = list_trained(student, teacher) if args.teacher == "ema" else []
-    return list_trained(student) + averages
-
-
 def save_checkpoint(args, step, student, teacher, optimizer):
     """All that changes in a run, whole or not at all. Raises UserError."""
     path = Path(args.out, "checkpoint.pt")
     logs = {name: Path(args.out, name).stat().st_size for name in LOGS}
-    state = {"step": step, "logs": logs, "weights": list_state(args, student, teacher),
-             "optimizer": optimizer.state_dict()}
+    weights = [weight.detach() for weight in list_masters(student) + list_masters(teacher)]
+    state = {"step": step, "logs": logs, "weights": weights, "optimizer": optimizer.state_dict()}
     with evaluation.told_in_a_line(f"cannot write {path}, the last is whole"):
         torch.save(state, f"{path}.tmp")
         Path(f"{path}.tmp").replace(path)
@@ -516,8 +506,9 @@ def load_checkpoint(args, student, teacher, optimizer):
         state = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
         if args.steps < state["step"]:
             raise UserError(f"--steps {args.steps}: {state['step']} are done in {args.out}")
-        for p, saved in zip(list_state(args, student, teacher), state["weights"], strict=True):
-            p.copy_(saved)
+        weights = list_masters(student) + list_masters(teacher)
+        for weight, saved in zip(weights, state["weights"], strict=True):
+            weight.copy_(saved)
         round_masters(student)
         round_masters(teacher)
         optimizer.load_state_dict(state["optimizer"])

@@ -165,7 +165,7 @@ def test_every_group_of_an_optimizer_of_ones_own_has_the_rate(train, monkeypatch
     used = []
 
     def make(args, student):
-        first, *others = msd.list_trained(student)
+        first, *others = msd.list_masters(student)
         return torch.optim.SGD([{"params": [first]}, {"params": others, "lr": 9}], lr=1)
     monkeypatch.setattr(msd, "make_optimizer", make)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: used.append(

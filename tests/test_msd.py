@@ -431,9 +431,9 @@ def test_half_a_character_is_told_at_the_end_and_broken_ones_are_not_held_back(t
 def take_small_step(dtype):
     """(what a step at a rate of 1e-6 changes of the embedded model's weights, the student)."""
     args, student, teacher = load(TINY, "--lr", 1e-6, dtype=dtype)
-    before = [p.detach().clone() for p in msd.list_trained(student)]
+    before = [p.detach().clone() for p in msd.list_masters(student)]
     take_steps(args, student, teacher, k=1)
-    pairs = zip(before, msd.list_trained(student))
+    pairs = zip(before, msd.list_masters(student))
     return torch.cat([(new - old).flatten() for old, new in pairs]), student
 
 
@@ -448,7 +448,7 @@ def test_a_small_step_in_bfloat16_goes_where_float32_goes():
 
 def test_under_lora_in_bfloat16_the_adapters_are_float32(folder):
     _, student, _ = load(folder, "--lora-rank", 2, dtype=torch.bfloat16)
-    assert {p.dtype for p in msd.list_trained(student)} == {torch.float32}
+    assert {p.dtype for p in msd.list_masters(student)} == {torch.float32}
     frozen = {p.dtype for p in student.parameters() if not p.requires_grad}
     assert frozen == {torch.bfloat16}
 
@@ -467,6 +467,7 @@ def test_an_ema_in_bfloat16_keeps_what_bfloat16_would_round_away(folder):
 
 def test_a_process_without_a_response_takes_its_part_in_the_sum(monkeypatch):
     student = build_student("Llama")
+    msd.add_masters(student)
     summed = []
     monkeypatch.setattr(msd.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(msd.dist, "all_reduce", summed.append)
