@@ -490,7 +490,7 @@ def start_out(args, before):
 def save_checkpoint(args, step, student, teacher, optimizer):
     """All that changes in a run, whole or not at all. Raises UserError."""
     path = Path(args.out, "checkpoint.pt")
-    logs = {name: Path(args.out, name).stat().st_size for name in LOGS}
+    logs = {name: Path(args.out, name).read_text(encoding="utf-8") for name in LOGS}
     weights = [weight.detach() for weight in list_masters(student) + list_masters(teacher)]
     state = {"step": step, "logs": logs, "weights": weights, "optimizer": optimizer.state_dict()}
     with evaluation.told_in_a_line(f"cannot write {path}, the last is whole"):
@@ -500,8 +500,7 @@ def save_checkpoint(args, step, student, teacher, optimizer):
 
 @torch.no_grad()
 def load_checkpoint(args, student, teacher, optimizer):
-    """Restore what save_checkpoint wrote, cut what the logs hold beyond it -> steps done. Raises
-    UserError."""
+    """Restore what save_checkpoint wrote, the logs among it -> steps done. Raises UserError."""
     with evaluation.told_in_a_line(f"--resume {args.out}"):
         state = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
         if args.steps < state["step"]:
@@ -512,10 +511,8 @@ def load_checkpoint(args, student, teacher, optimizer):
         round_masters(student)
         round_masters(teacher)
         optimizer.load_state_dict(state["optimizer"])
-        for name, size in state["logs"].items():
-            if Path(args.out, name).stat().st_size < size:
-                raise ValueError(f"{name} is shorter than at the checkpoint")
-            os.truncate(Path(args.out, name), size)
+        for name, text in state["logs"].items():
+            Path(args.out, name).write_text(text, encoding="utf-8")
     return state["step"]
 
 
