@@ -546,15 +546,8 @@ def append_line(args, name, row):
     """A line more in a .jsonl file of --out; what is not finite becomes null."""
     path = Path(args.out, name)
     with evaluation.told_in_a_line(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
-        row = {name: to_json(x) for name, x in row.items()}
+        row = json.loads(json.dumps(row), parse_constant=lambda constant: None)  # JSON has no NaN
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def to_json(x):
-    """A value of a log, or a list of them: null where it is not finite, for JSON knows no NaN."""
-    if isinstance(x, list):
-        return [to_json(y) for y in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def summarise(scores, responses, stop_ids):
