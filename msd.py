@@ -576,15 +576,9 @@ def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, sco
 
 def split_text(tokenizer, ids):
     """The text of each token; a character of several tokens (Thai, Bengali) stands at its last."""
-    parts = []
-    start = 0  # of the tokens whose text is not told yet
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end])
-        is_whole = not text.endswith("\ufffd") or end - start == 4 or end == len(ids)
-        parts.append(text if is_whole else "")
-        if is_whole:
-            start = end
-    return parts
+    texts = [tokenizer.decode(ids[:n]).rstrip("\ufffd") for n in range(len(ids))]
+    texts.append(tokenizer.decode(ids))
+    return [text[len(before):] for before, text in itertools.pairwise(texts)]
 
 
 def write_page(args):
