@@ -445,7 +445,7 @@ def check_out(args):
     """Refuse to write over what is there, or to resume with other flags; under --resume keep out of
     training what was kept out -> args.json as it was. Raises UserError."""
     out = Path(args.out)
-    files = {path.name for path in out.glob("*")} - {"args.json.tmp", "before.json.tmp"}
+    files = {path.name for path in out.glob("*")} - {"args.json.tmp", "after-0.json.tmp"}
     before = {}
     if "args.json" in files:
         with evaluation.told_in_a_line(out):
@@ -466,7 +466,7 @@ def check_out(args):
             if re.search(f"(^|=){re.escape(str(out.resolve()))}/", f"{path}/"):
                 raise UserError(f"--out {out} holds what is to be read, {path}: name another")
         # a run without a checkpoint begins again
-        if files - {"args.json", "before.json", *LOGS} and not args.overwrite:
+        if files - {"args.json", "after-0.json", *LOGS} and not args.overwrite:
             raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
     return before
 
@@ -592,12 +592,6 @@ def write_page(args):
     evaluation.write(Path(args.out, "page.html"), page)
 
 
-def save_tables(path, rows, items):
-    """What an evaluation found, for the tables that follow."""
-    if RANK == 0:
-        evaluation.write(path, json.dumps((rows, items)))
-
-
 def reset_peak(device):
     """Begin a new peak, where the device keeps one."""
     if device.type == "cuda":
@@ -649,25 +643,22 @@ def main(args):
           f"{', '.join(langs)}; {args.policy}-policy, {args.teacher} teacher under "
           f"'{args.teacher_prompt}'", flush=True)
 
-    judge = functools.partial(
-        evaluation.evaluate, student, tokenizer, heldout, refusals=load_refusals(), seen=langs,
-        batch_size=64, max_new_tokens=args.eval_max_new_tokens, system=args.system)
-    before = Path(args.out, "before.json")
+    def show_table():
+        rows, items = evaluation.evaluate(
+            student, tokenizer, heldout, refusals=load_refusals(), seen=langs, batch_size=64,
+            max_new_tokens=args.eval_max_new_tokens, system=args.system)
+        before = Path(args.out, "after-0.json")
+        base_rows, base_items = read_json(before) if before.is_file() else ([], [])
+        evaluation.compare(rows, items, base_rows, base_items)
+        print(f"\nheld-out queries after {step} steps (base: before the first)")
+        evaluation.print_rates(rows, base_rows)
+        if RANK == 0:
+            evaluation.write(Path(args.out, f"after-{step}.json"), json.dumps((rows, items)))
+
     if args.eval_every and not args.resume:
         if args.preflight:
             preflight(args, student, teacher, tokenizer, template, pools)
-        save_tables(before, *judge())
-
-    def show_table():
-        rows, items = judge()
-        base_rows, base_items = [], []
-        if before.is_file():
-            base_rows, base_items = read_json(before)
-        evaluation.compare(rows, items, base_rows, base_items)
-        print(f"\nheld-out queries before (base) and after {step} steps")
-        evaluation.print_rates(rows, base_rows)
-        save_tables(Path(args.out, f"after-{step}.json"), rows, items)
-
+        show_table()
     for step, bad in train(args, student, teacher, tokenizer, template, pools, optimizer, step):
         due = args.save_every and (step % args.save_every == 0 or step == args.steps)
         if RANK == 0 and (due or bad == MAX_BAD_STEPS):
