@@ -24,7 +24,6 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -476,7 +475,6 @@ def start_out(args, before):
         return
     if not args.resume:
         with evaluation.told_in_a_line(f"cannot empty {args.out}"):
-            shutil.rmtree(Path(args.out, "saving"), ignore_errors=True)
             for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
                 if not old.is_dir():  # what lies deeper is not of a run
                     old.unlink()
@@ -516,17 +514,13 @@ def load_checkpoint(args, student, teacher, optimizer):
 
 
 def save_model(args, student, tokenizer, langs):
-    """Leave an ordinary Hugging Face (or PEFT adapter) folder, file by file whole or not at all."""
-    beside = Path(args.out, "saving")
-    student.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    """Leave an ordinary Hugging Face (or PEFT adapter) folder."""
+    student.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
     named = ", ".join(LANGUAGES.get(lang, lang) for lang in langs)
     data = ", ".join(Path(path).name for path in args.data)
     card = CARD.format(**{**vars(args), "lang": named, "data": data})
-    Path(beside, "README.md").write_text(card, encoding="utf-8")
-    for path in beside.iterdir():
-        path.replace(Path(args.out, path.name))
-    beside.rmdir()
+    Path(args.out, "README.md").write_text(card, encoding="utf-8")
 
 
 CARD = """---
