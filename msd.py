@@ -39,7 +39,7 @@ from data.judges import find_phrases, keyword_verdict, load_refusals, read_json
 from data.queries import load_queries, normalise, split
 from dpsw import dpsw_loss_chunked
 from sample import (
-    HERE, LANGUAGES, RANK, Parser, UserError, add_model_flags, encode_chat, fill_template,
+    HERE, RANK, Parser, UserError, add_model_flags, encode_chat, fill_template,
     find_context, find_device, find_path, find_process, find_stop_ids, find_vocab_size, gather,
     load_model, natural, need, number, pad_right, positive, read_template, response_hidden,
     response_logits, sample, tell)
@@ -513,13 +513,12 @@ def load_checkpoint(args, student, teacher, optimizer):
     return state["step"]
 
 
-def save_model(args, student, tokenizer, langs):
+def save_model(args, student, tokenizer):
     """Leave an ordinary Hugging Face (or PEFT adapter) folder."""
     student.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    named = ", ".join(LANGUAGES.get(lang, lang) for lang in langs)
-    data = ", ".join(Path(path).name for path in args.data)
-    card = CARD.format(**{**vars(args), "lang": named, "data": data})
+    files = ", ".join(Path(path).name for path in args.data)
+    card = CARD.format(**{**vars(args), "data": files})
     Path(args.out, "README.md").write_text(card, encoding="utf-8")
 
 
@@ -658,7 +657,7 @@ def main(args):
             show_table()
     if RANK == 0:
         with evaluation.told_in_a_line(f"cannot save in {args.out}"):
-            save_model(args, student, tokenizer, langs)
+            save_model(args, student, tokenizer)
             write_page(args)
     if args.eval_every:
         show_table()
