@@ -50,7 +50,6 @@ except ImportError:  # not on Windows
     resource = None
 
 JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
-MAX_BAD_STEPS = 5  # in a row, of a loss or gradient that is not finite
 # what --resume may change, beside flags that begin with eval_; prompts is a hash, and told
 MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite", "prompts"}
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -60,12 +59,11 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 
 def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
     """The algorithm box. pools: the queries to learn from, see pick_batch. Yields after each step
-    (steps done, steps in a row that were not finite)."""
+    how many are done."""
     generator = torch.Generator(student.device)
     rank, world = find_process()
     stop_ids = find_stop_ids(student, tokenizer)
     vocab_size = find_vocab_size(tokenizer)
-    bad = 0
     for step in (bar := tqdm(range(start, args.steps), "msd", args.steps, initial=start)):
         began = time.perf_counter()
 
@@ -89,9 +87,8 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         weights = list_masters(student)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
         lr = args.lr * min(1, (step + 1) / (args.warmup + 1))
-        bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
         means = summarise(scores, responses, stop_ids)
-        skipped = bad > 0 or not means["response_tokens"]
+        skipped = not (means["response_tokens"] and math.isfinite(loss + grad_norm))
         if not skipped:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -114,7 +111,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
             for line in told[:1] + told[1:][-1:]:
                 append_line(args, "samples.jsonl", line)
         bar.set_postfix_str(f"loss {loss:.4f}, {row['response_len']:.0f} tokens a response")
-        yield step + 1, bad
+        yield step + 1
 
 
 def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
@@ -645,14 +642,10 @@ def main(args):
         if args.preflight:
             preflight(args, student, teacher, tokenizer, template, pools)
         show_table()
-    for step, bad in train(args, student, teacher, tokenizer, template, pools, optimizer, step):
+    for step in train(args, student, teacher, tokenizer, template, pools, optimizer, step):
         due = args.save_every and (step % args.save_every == 0 or step == args.steps)
-        if RANK == 0 and (due or bad == MAX_BAD_STEPS):
+        if RANK == 0 and due:
             save_checkpoint(args, step, student, teacher, optimizer)
-        if bad == MAX_BAD_STEPS:
-            gather(None)  # the first process has saved: torchrun ends it with the others
-            raise UserError(f"{bad} steps in a row were not finite: begin again with a lower --lr, "
-                            f"or take the last good weights by --resume --steps {step}")
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             show_table()
     if RANK == 0:
