@@ -23,7 +23,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 import time
 from pathlib import Path
@@ -50,8 +49,8 @@ except ImportError:  # not on Windows
     resource = None
 
 JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
-# what --resume may change, beside flags that begin with eval_; prompts is a hash, and told
-MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite", "prompts"}
+# what --resume may change, beside flags that begin with eval_
+MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite"}
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -440,34 +439,34 @@ def check_out(args):
     """Refuse to write over what is there, or to resume with other flags; under --resume keep out of
     training what was kept out -> args.json as it was. Raises UserError."""
     out = Path(args.out)
-    files = {path.name for path in out.glob("*")} - {"args.json.tmp", "after-0.json.tmp"}
-    before = {}
-    if "args.json" in files:
-        with evaluation.told_in_a_line(out):
-            before = read_json(out / "args.json")
+    files = {path.name for path in out.glob("*")}
     args.kept_out = args.eval_data
+    before = {}
+    if files or args.resume:
+        with evaluation.told_in_a_line(f"--out {out} holds no run of msd.py"):
+            before = read_json(out / "args.json")
+            kept_out = before["kept_out"]  # other programs write an args.json, too
     if args.resume:
-        if "checkpoint.pt" not in files:
-            raise UserError(f"--resume: there is no checkpoint in {out}")
-        args.kept_out = before.get("kept_out")
+        args.kept_out = kept_out
         for name, value in vars(args).items():
             if name not in MAY_CHANGE and name[:5] != "eval_" and before.get(name) != value:
                 raise UserError(f"--resume: --{name.replace('_', '-')} is {value}, and was "
                                 f"{before.get(name)} in {out}/args.json")
-    elif files:
-        if "kept_out" not in before:
-            raise UserError(f"--out {out} is there and is no run of msd.py: name another")
-        for path in (args.model, *args.data, *args.eval_data, find_path(args.teacher_prompt)):
-            if re.search(f"(^|=){re.escape(str(out.resolve()))}/", f"{path}/"):
-                raise UserError(f"--out {out} holds what is to be read, {path}: name another")
-        # a run without a checkpoint begins again
-        if files - {"args.json", "after-0.json", *LOGS} and not args.overwrite:
-            raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
+        return before
+    for path in (args.model, *args.data, *args.eval_data, find_path(args.teacher_prompt)):
+        if f"{out.resolve()}/" in f"{path}/":
+            raise UserError(f"--out {out} holds what is to be read, {path}: name another")
+    # a run without a checkpoint begins again
+    if files - {"args.json", "after-0.json", *LOGS} and not args.overwrite:
+        raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
     return before
 
 
 def start_out(args, before):
     """Make --out with its args.json; the files of an earlier run go, but under --resume."""
+    if args.resume and before.get("prompts") != args.prompts:
+        tell("note: the prompts are not those that the run began with: the data, a template or the "
+             "date that the chat template writes have changed")
     if RANK:
         return
     if not args.resume:
@@ -475,9 +474,6 @@ def start_out(args, before):
             for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
                 if not old.is_dir():  # what lies deeper is not of a run
                     old.unlink()
-    elif before.get("prompts") != args.prompts:
-        tell("note: the prompts are not those that the run began with: the data, a template or the "
-             "date that the chat template writes have changed")
     evaluation.write(Path(args.out, "args.json"), json.dumps(vars(args), indent=1))
 
 
