@@ -372,25 +372,20 @@ def make_pools(args, model, tokenizer, template, langs, queries):
     """{"benign", "other": (query, language) pairs} of which both prompts leave room for a response
     in the model's context; the others are counted. args.prompts: a hash of all prompts. Raises
     UserError if none is left."""
-    lead = 16  # tokens around the judgement of --cot-tokens
-    room = find_context(model) - args.max_new_tokens - args.cot_tokens - lead
+    reserve = 16  # what stands around the judgement of --cot-tokens
+    room = find_context(model) - args.max_new_tokens - args.cot_tokens - reserve
     pools = {"benign": [], "other": []}
-    differ = args.cot_tokens > 0
     digest = hashlib.sha256()
     for query, lang in itertools.product(queries, langs):
         texts = query.text[lang], fill_template(template, query, lang, args.source_lang)
         prompts = [encode_chat(tokenizer, text, args.system) for text in texts]
         digest.update(str(prompts).encode())
-        differ = differ or prompts[0] != prompts[1]
         if max(map(len, prompts)) <= room:
             pools["benign" if query.label in ("benign", "qa") else "other"].append((query, lang))
     args.prompts = digest.hexdigest()
     kept = sum(map(len, pools.values()))
     if skipped := len(queries) * len(langs) - kept:
         tell(f"note: {skipped} queries do not fit the model's context: skipped")
-    if kept and not differ:
-        tell("warning: student and teacher see the same: there is nothing to learn; another "
-             "--teacher-prompt is needed")
     if not kept:
         raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or "
                         "give more --data (what is in --eval-data is never trained on)")
