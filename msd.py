@@ -48,7 +48,6 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
-JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
 # what --resume may change, beside flags that begin with eval_
 MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite"}
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -189,7 +188,7 @@ def write_teacher_prompts(args, teacher, tokenizer, template, batch):
                            args.system) for query, lang in batch]
     if not args.cot_tokens:
         return prompts
-    lead = tokenizer(JUDGEMENT, add_special_tokens=False).input_ids
+    lead = tokenizer("Safety judgement:", add_special_tokens=False).input_ids
     gap = tokenizer("\n\n", add_special_tokens=False).input_ids
     stop_ids = find_stop_ids(teacher, tokenizer)
     prompts = [prompt + lead for prompt in prompts]
@@ -269,8 +268,6 @@ def load_models(args, device, dtype):
     if hasattr(model, "peft_config"):
         raise UserError(f"--model {args.model} is an adapter: train its base with --lora-rank, or "
                         "merge the two first: README.md has the line")
-    if Path(args.model, "args.json").is_file():
-        tell(f"note: {args.model} was trained before: what it saw then is not marked in the tables")
     student = model.requires_grad_(not args.lora_rank)
     teacher = copy_model(model) if args.teacher == "frozen" else None  # before adapters are added
     if args.lora_rank:
@@ -330,11 +327,10 @@ def read_data(args, langs):
     read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
                              needs_all=not (args.eval_data or args.kept_out))
     kept_out = list_texts(pool(read(args.kept_out, holdout=1)))
-    limit = args.eval_limit or None
-    judged = read(args.eval_data, holdout=1, limit=limit)
+    judged = read(args.eval_data, holdout=1, limit=args.eval_limit)
     heldout = []
-    if args.eval_every and args.holdout:
-        heldout = read(args.data, label=args.label, holdout=args.holdout, limit=limit)
+    if args.eval_every:
+        heldout = read(args.data, label=args.label, holdout=args.holdout, limit=args.eval_limit)
 
     training = []
     for path in args.data:
@@ -348,8 +344,7 @@ def read_data(args, langs):
             tell(f"note: {path}: {len(part) - len(kept)} queries are in --eval-data as well, and "
                  "not trained on")
         training += kept
-    # without --resume what is judged was kept out, just now
-    if args.resume and not list_texts(training).isdisjoint(list_texts(pool(judged))):
+    if not list_texts(training).isdisjoint(list_texts(pool(judged))):
         raise UserError("--eval-data holds queries that this run was trained on: give it from the "
                         "start, or measure by eval.py")
     return judged + heldout, training
@@ -603,7 +598,7 @@ def main(args):
     optimizer = make_optimizer(args, student)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
     start_out(args, began)
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    trained = sum(map(torch.numel, list_masters(student)))
     print(f"msd: {args.model} on {student.device} in {student.dtype}, {trained:,} weights trained "
           f"on {len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries in "
           f"{', '.join(langs)}; {args.policy}-policy, {args.teacher} teacher under "
