@@ -102,12 +102,12 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
                "seconds": time.perf_counter() - began}
         row["tokens_per_s"] = row["response_tokens"] / row["seconds"]
         told = [describe(tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
-                         responses[i], scores[i]) for i in sorted({0, len(batch) - 1})]
+                         responses[i], scores[i]) for i in (0, -1)]
         told = sum(gather(told), [])
         if rank == 0:
             append_line(args, "metrics.jsonl", row)
-            for line in told[:1] + told[1:][-1:]:
-                append_line(args, "samples.jsonl", line)
+            append_line(args, "samples.jsonl", told[0])
+            append_line(args, "samples.jsonl", told[-1])
         bar.set_postfix_str(f"loss {loss:.4f}, {row['response_len']:.0f} tokens a response")
         yield step + 1
 
@@ -523,14 +523,16 @@ def append_line(args, name, row):
 
 def summarise(scores, responses, stop_ids):
     """Means over the response tokens of a step, of all processes, and how long responses are."""
-    whole = [any(t in stop_ids for t in response[-1:]) for response in responses]
-    counts = [sum(map(len, responses)), len(responses), sum(whole)]
     names = ("divergence", "weight", "w_teacher", "w_student")
-    sums = [sum(score[name].sum().item() for score in scores) for name in names]
-    n, B, ended, *sums = map(sum, zip(*gather(counts + sums)))
-    means = [x / max(n, 1) for x in sums]
-    return {**dict(zip(names, means)), "response_tokens": n, "response_len": n / B,
-            "truncated": 1 - ended / B}
+    rows = []  # of each response: its tokens, whether a stop ends it, the sums of its scores
+    for score, response in zip(scores, responses):
+        ended = any(t in stop_ids for t in response[-1:])
+        rows.append([len(response), ended, *[score[name].sum().item() for name in names]])
+    rows = sum(gather(rows), [])
+    n, ended, *sums = map(sum, zip(*rows))
+    means = {name: x / max(n, 1) for name, x in zip(names, sums)}
+    return {**means, "response_tokens": n, "response_len": n / len(rows),
+            "truncated": 1 - ended / len(rows)}
 
 
 def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, score):
