@@ -212,24 +212,22 @@ def update_ema(teacher, student, decay):
 # --- float32 masters: weights in bfloat16 alone would lose small updates to rounding ---
 
 def add_masters(model):
-    """Give each trained weight a `master` that the optimizer changes: itself, or of less than
-    float32 a float32 copy, which sums its gradients."""
+    """Give each trained weight of less than float32 a float32 `master`, which sums its gradients.
+    """
     def move_gradient(p):
         grad = p.grad.float()
         p.grad = None
         p.master.grad = grad if p.master.grad is None else p.master.grad.add_(grad)
 
     for p in model.parameters():
-        if p.requires_grad:
-            p.master = p
-            if p.dtype != torch.float32:
-                p.master = p.detach().float()
-                p.register_post_accumulate_grad_hook(move_gradient)
+        if p.requires_grad and p.dtype != torch.float32:
+            p.master = p.detach().float()
+            p.register_post_accumulate_grad_hook(move_gradient)
 
 
 def list_masters(model):
-    """What the optimizer changes of the student, or the averages of an EMA teacher."""
-    return [p.master for p in model.parameters() if hasattr(p, "master")]
+    """What changes of a model: of the student by the optimizer, of an EMA teacher as an average."""
+    return [getattr(p, "master", p) for p in model.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
@@ -269,7 +267,8 @@ def load_models(args, device, dtype):
         raise UserError(f"--model {args.model} is an adapter: train its base with --lora-rank, or "
                         "merge the two first: README.md has the line")
     student = model.requires_grad_(not args.lora_rank)
-    teacher = copy_model(model) if args.teacher == "frozen" else None  # before adapters are added
+    if args.teacher == "frozen":  # as it is before adapters are added
+        teacher = copy_model(model).requires_grad_(False)
     if args.lora_rank:
         peft = need("peft", "train with --lora-rank")
         torch.manual_seed(args.seed)
@@ -280,12 +279,12 @@ def load_models(args, device, dtype):
     if args.teacher == "ema":
         teacher = copy_model(student)
         add_masters(teacher)
-    if teacher:
-        teacher.requires_grad_(False)
+    if args.teacher == "live":
+        teacher = student
     add_masters(student)
     if args.grad_checkpoint:
         enable_grad_checkpoint(student)
-    return student, teacher or student, tokenizer
+    return student, teacher, tokenizer
 
 
 def copy_model(model):
@@ -467,7 +466,7 @@ def save_checkpoint(args, step, student, teacher, optimizer):
     """All that changes in a run, whole or not at all. Raises UserError."""
     path = Path(args.out, "checkpoint.pt")
     logs = {name: Path(args.out, name).read_text(encoding="utf-8") for name in LOGS}
-    weights = [weight.detach() for weight in list_masters(student) + list_masters(teacher)]
+    weights = list_masters(student) + list_masters(teacher)
     state = {"step": step, "logs": logs, "weights": weights, "optimizer": optimizer.state_dict()}
     with evaluation.told_in_a_line(f"cannot write {path}, the last is whole"):
         torch.save(state, f"{path}.tmp")
