@@ -154,26 +154,23 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
 
 def pick_batch(args, pools, step):
     """The (query, language) pairs of a step, a function of (seed, step) alone: benign queries are
-    --benign-fraction of them where there are others, too; a pool goes round in a shuffled order.
-    pools: {"other": pairs, "benign": pairs}."""
+    --benign-fraction of them where there are others, too. pools: {"other": pairs, "benign": pairs}.
+    """
     share = args.batch_size * args.benign_fraction
     if not (pools["benign"] and pools["other"]):
         share = args.batch_size if pools["benign"] else 0
     first = round(step * share)  # benign queries before this step, and after it
     last = round((step + 1) * share)
-    spans = {"other": range(step * args.batch_size - first, (step + 1) * args.batch_size - last),
-             "benign": range(first, last)}
-    batch = []
-    for name, span in spans.items():
-        pairs = pools[name]
-        orders = {}  # epoch: its shuffled pairs
-        for i in span:
-            epoch, at = divmod(i, len(pairs))
-            if epoch not in orders:
-                rng = random.Random(f"{args.seed} {name} {epoch}")
-                orders[epoch] = rng.sample(pairs, len(pairs))
-            batch.append(orders[epoch][at])
-    return batch
+    other = itertools.islice(go_round(args, pools, "other"), step * args.batch_size - first,
+                             (step + 1) * args.batch_size - last)
+    return [*other, *itertools.islice(go_round(args, pools, "benign"), first, last)]
+
+
+def go_round(args, pools, name):
+    """Yield a pool's pairs without end, each epoch in an order of its own."""
+    for epoch in itertools.count():
+        rng = random.Random(f"{args.seed} {name} {epoch}")
+        yield from rng.sample(pools[name], len(pools[name]))
 
 
 def write_student_prompts(args, tokenizer, batch):
