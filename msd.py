@@ -292,12 +292,10 @@ def copy_model(model):
 
 def enable_grad_checkpoint(model):
     """Recompute a layer's activations in the backward pass. Not by transformers' own switch, which
-    asks for training mode, and so for dropout. Raises UserError."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
-        raise UserError("this model has no layers to checkpoint: give --no-grad-checkpoint")
-    for layer in layers:
-        layer.forward = functools.partial(checkpoint_layer, layer.forward)
+    asks for training mode, and so for dropout. What has no such layers keeps all."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = functools.partial(checkpoint_layer, layer.forward)
 
 
 def checkpoint_layer(forward, *args, **kwargs):
@@ -520,15 +518,12 @@ def append_line(args, name, row):
 def summarise(scores, responses, stop_ids):
     """Means over the response tokens of a step, of all processes, and how long responses are."""
     names = ("divergence", "weight", "w_teacher", "w_student")
-    rows = []  # of each response: its tokens, whether a stop ends it, the sums of its scores
-    for score, response in zip(scores, responses):
-        ended = any(t in stop_ids for t in response[-1:])
-        rows.append([len(response), ended, *[score[name].sum().item() for name in names]])
-    rows = sum(gather(rows), [])
-    n, ended, *sums = map(sum, zip(*rows))
+    ended = [response[-1] in stop_ids for response in responses if response]
+    counts = [sum(map(len, responses)), len(responses), sum(ended)]
+    sums = [sum(score[name].sum().item() for score in scores) for name in names]
+    n, B, ended, *sums = map(sum, zip(*gather(counts + sums)))
     means = {name: x / max(n, 1) for name, x in zip(names, sums)}
-    return {**means, "response_tokens": n, "response_len": n / len(rows),
-            "truncated": 1 - ended / len(rows)}
+    return {**means, "response_tokens": n, "response_len": n / B, "truncated": 1 - ended / B}
 
 
 def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, score):
