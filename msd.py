@@ -17,7 +17,6 @@ alone.
 import argparse
 import copy
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -25,6 +24,7 @@ import os
 import random
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -359,19 +359,18 @@ def list_texts(queries):
 
 def make_pools(args, model, tokenizer, template, langs, queries):
     """{"benign", "other": (query, language) pairs} of which both prompts leave room for a response
-    in the model's context; the others are counted. args.prompts: a hash of all prompts. Raises
+    in the model's context; the others are counted. args.prompts: a checksum of all prompts. Raises
     UserError if none is left."""
     reserve = 16  # what stands around the judgement of --cot-tokens
     room = find_context(model) - args.max_new_tokens - args.cot_tokens - reserve
     pools = {"benign": [], "other": []}
-    digest = hashlib.sha256()
+    args.prompts = 0
     for query, lang in itertools.product(queries, langs):
         texts = query.text[lang], fill_template(template, query, lang, args.source_lang)
         prompts = [encode_chat(tokenizer, text, args.system) for text in texts]
-        digest.update(str(prompts).encode())
+        args.prompts = zlib.crc32(str(prompts).encode(), args.prompts)
         if max(map(len, prompts)) <= room:
             pools["benign" if query.label in ("benign", "qa") else "other"].append((query, lang))
-    args.prompts = digest.hexdigest()
     kept = sum(map(len, pools.values()))
     if skipped := len(queries) * len(langs) - kept:
         tell(f"note: {skipped} queries do not fit the model's context: skipped")
@@ -490,9 +489,7 @@ def save_model(args, student, tokenizer):
     """Leave an ordinary Hugging Face (or PEFT adapter) folder."""
     student.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    files = ", ".join(Path(path).name for path in args.data)
-    card = CARD.format(**{**vars(args), "data": files})
-    Path(args.out, "README.md").write_text(card, encoding="utf-8")
+    evaluation.write(Path(args.out, "README.md"), CARD.format(**vars(args)))
 
 
 CARD = """---
