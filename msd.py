@@ -101,13 +101,13 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
                **means, "peak_mem_gb": max(gather(peak_memory(student.device))),
                "seconds": time.perf_counter() - began}
         row["tokens_per_s"] = row["response_tokens"] / row["seconds"]
-        told = [describe(tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
-                         responses[i], scores[i]) for i in (0, -1)]
-        told = sum(gather(told), [])
+        told = gather([
+            describe(tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
+                     responses[i], scores[i]) for i in (0, -1)])
         if rank == 0:
             append_line(args, "metrics.jsonl", row)
-            append_line(args, "samples.jsonl", told[0])
-            append_line(args, "samples.jsonl", told[-1])
+            append_line(args, "samples.jsonl", told[0][0])
+            append_line(args, "samples.jsonl", told[-1][-1])
         bar.set_postfix_str(f"loss {loss:.4f}, {row['response_len']:.0f} tokens a response")
         yield step + 1
 
@@ -146,8 +146,7 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
         for b, i in enumerate(rows):
             scores[i] = {name: x[b][mask[b]] for name, x in stats.items()}
             if i in (0, len(responses) - 1):
-                with torch.no_grad():
-                    scores[i]["teacher_top"] = teacher_head(teacher_hidden[b][mask[b]]).argmax(-1)
+                scores[i]["teacher_top"] = teacher_head(teacher_hidden[b][mask[b]]).argmax(-1)
     sum_gradients(student)
     return sum(gather(total)), scores
 
@@ -328,10 +327,8 @@ def read_data(args, langs):
 
     training = []
     for path in args.data:
-        try:
+        with evaluation.told_in_a_line("--data"):
             queries = load_queries(path, [args.source_lang, *langs], args.label)
-        except ValueError as e:
-            raise UserError(e) from None
         part = split(queries, args.holdout)[0]
         kept = [query for query in part if kept_out.isdisjoint(list_texts([query]))]
         if len(kept) < len(part):
@@ -563,21 +560,15 @@ def peak_memory(device):
 
 # --- the command ---
 
-def complete(args):
-    """Fill in the defaults that hang on other flags -> the target languages. Raises UserError."""
+def main(args):
+    """Read the data, load the models, preflight, train, evaluate, save."""
     langs = evaluation.split_langs(args.lang)
     if not (langs and args.source_lang.strip()):
         raise UserError("--lang or --source-lang names no language")
     args.data = args.data or [str(HERE / "data/queries.csv")]
     args.out = args.out or f"out/{'-'.join(langs)}"
     args.eval_max_new_tokens = args.eval_max_new_tokens or max(32, args.max_new_tokens)
-    return langs
-
-
-def main(args):
-    """Read the data, load the models, preflight, train, evaluate, save."""
-    langs = complete(args)
-    began = check_out(args)
+    before = check_out(args)
 
     template = read_template(args.teacher_prompt)
     heldout, queries = read_data(args, langs)
@@ -587,7 +578,7 @@ def main(args):
     pools = make_pools(args, student, tokenizer, template, langs, queries)
     optimizer = make_optimizer(args, student)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
-    start_out(args, began)
+    start_out(args, before)
     trained = sum(map(torch.numel, list_masters(student)))
     print(f"msd: {args.model} on {student.device} in {student.dtype}, {trained:,} weights trained "
           f"on {len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries in "
@@ -598,8 +589,8 @@ def main(args):
         rows, items = evaluation.evaluate(
             student, tokenizer, heldout, refusals=load_refusals(), seen=langs, batch_size=64,
             max_new_tokens=args.eval_max_new_tokens, system=args.system)
-        before = Path(args.out, "after-0.json")
-        base_rows, base_items = read_json(before) if before.is_file() else ([], [])
+        base = Path(args.out, "after-0.json")
+        base_rows, base_items = read_json(base) if base.is_file() else ([], [])
         evaluation.compare(rows, items, base_rows, base_items)
         print(f"\nheld-out queries after {step} steps (base: before the first)")
         evaluation.print_rates(rows, base_rows)
