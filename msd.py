@@ -286,7 +286,7 @@ def load_models(args, device, dtype):
 def copy_model(model):
     """A copy that shares the weights that `model` does not train."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared).eval()
+    return copy.deepcopy(model, shared)
 
 
 def enable_grad_checkpoint(model):
@@ -419,7 +419,7 @@ def check_out(args):
     args.kept_out = args.eval_data
     before = {}
     if files or args.resume:
-        with evaluation.told_in_a_line(f"--out {out} holds no run of msd.py"):
+        with evaluation.told_in_a_line(f"no run to resume or replace in --out {out}"):
             before = read_json(out / "args.json")
             kept_out = before["kept_out"]  # other programs write an args.json, too
     if args.resume:
