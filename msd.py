@@ -184,8 +184,8 @@ def write_teacher_prompts(args, teacher, tokenizer, template, batch):
                            args.system) for query, lang in batch]
     if not args.cot_tokens:
         return prompts
-    lead = tokenizer("Safety judgement:", add_special_tokens=False).input_ids
-    gap = tokenizer("\n\n", add_special_tokens=False).input_ids
+    parts = ["Safety judgement:", "\n\n"]
+    lead, gap = tokenizer(parts, add_special_tokens=False).input_ids
     stop_ids = find_stop_ids(teacher, tokenizer)
     prompts = [prompt + lead for prompt in prompts]
     written = sample(teacher, prompts, max_new_tokens=args.cot_tokens, stop_ids=stop_ids,
@@ -320,11 +320,6 @@ def read_data(args, langs):
     read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
                              needs_all=not (args.eval_data or args.kept_out))
     kept_out = list_texts(pool(read(args.kept_out, holdout=1)))
-    judged = read(args.eval_data, holdout=1, limit=args.eval_limit)
-    heldout = []
-    if args.eval_every:
-        heldout = read(args.data, label=args.label, holdout=args.holdout, limit=args.eval_limit)
-
     training = []
     for path in args.data:
         with evaluation.told_in_a_line("--data"):
@@ -335,10 +330,14 @@ def read_data(args, langs):
             tell(f"note: {path}: {len(part) - len(kept)} queries are in --eval-data as well, and "
                  "not trained on")
         training += kept
+
+    judged = read(args.eval_data, holdout=1, limit=args.eval_limit)
     if not list_texts(training).isdisjoint(list_texts(pool(judged))):
         raise UserError("--eval-data holds queries that this run was trained on: give it from the "
                         "start, or measure by eval.py")
-    return judged + heldout, training
+    if args.eval_every:
+        judged += read(args.data, label=args.label, holdout=args.holdout, limit=args.eval_limit)
+    return judged, training
 
 
 def pool(cells):
@@ -443,8 +442,6 @@ def start_out(args, before):
     if args.resume and before.get("prompts") != args.prompts:
         tell("note: the prompts are not those that the run began with: the data, a template or the "
              "date that the chat template writes have changed")
-    if RANK:
-        return
     if not args.resume:
         with evaluation.told_in_a_line(f"cannot empty {args.out}"):
             for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
@@ -480,25 +477,6 @@ def load_checkpoint(args, student, teacher, optimizer):
         for name, text in state["logs"].items():
             Path(args.out, name).write_text(text, encoding="utf-8")
     return state["step"]
-
-
-def save_model(args, student, tokenizer):
-    """Leave an ordinary Hugging Face (or PEFT adapter) folder."""
-    student.save_pretrained(args.out)
-    tokenizer.save_pretrained(args.out)
-    evaluation.write(Path(args.out, "README.md"), CARD.format(**vars(args)))
-
-
-CARD = """---
-base_model: {model}
----
-{model}, trained by multilingual safety self-distillation (MSD, arXiv 2605.02971) on queries in
-{lang}, without any response data: {policy}-policy, {steps} steps, teacher prompt {teacher_prompt},
-data {data}.
-
-For research. It does not promise safety: it can be jailbroken, and it can refuse what it should
-answer. It was judged by the tables of its own run alone: measure it on your own data.
-"""
 
 
 def append_line(args, name, row):
@@ -560,6 +538,18 @@ def peak_memory(device):
 
 # --- the command ---
 
+CARD = """---
+base_model: {model}
+---
+{model}, trained by multilingual safety self-distillation (MSD, arXiv 2605.02971) on queries in
+{lang}, without any response data: {policy}-policy, {steps} steps, teacher prompt {teacher_prompt},
+data {data}.
+
+For research. It does not promise safety: it can be jailbroken, and it can refuse what it should
+answer. It was judged by the tables of its own run alone: measure it on your own data.
+"""
+
+
 def main(args):
     """Read the data, load the models, preflight, train, evaluate, save."""
     langs = evaluation.split_langs(args.lang)
@@ -578,7 +568,8 @@ def main(args):
     pools = make_pools(args, student, tokenizer, template, langs, queries)
     optimizer = make_optimizer(args, student)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
-    start_out(args, before)
+    if RANK == 0:
+        start_out(args, before)
     trained = sum(map(torch.numel, list_masters(student)))
     print(f"msd: {args.model} on {student.device} in {student.dtype}, {trained:,} weights trained "
           f"on {len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries in "
@@ -609,7 +600,9 @@ def main(args):
             show_table()
     if RANK == 0:
         with evaluation.told_in_a_line(f"cannot save in {args.out}"):
-            save_model(args, student, tokenizer)
+            student.save_pretrained(args.out)
+            tokenizer.save_pretrained(args.out)
+            evaluation.write(Path(args.out, "README.md"), CARD.format(**vars(args)))
             write_page(args)
     if args.eval_every:
         show_table()
