@@ -37,6 +37,7 @@ import eval as evaluation
 from data.judges import find_phrases, keyword_verdict, load_refusals, read_json
 from data.queries import load_queries, normalise, split
 from dpsw import dpsw_loss_chunked
+from eval import told_in_a_line
 from sample import (
     HERE, RANK, Parser, UserError, add_model_flags, encode_chat, fill_template,
     find_context, find_device, find_path, find_process, find_stop_ids, find_vocab_size, gather,
@@ -263,20 +264,19 @@ def load_models(args, device, dtype):
         raise UserError(f"--model {args.model} is an adapter: train its base with --lora-rank, or "
                         "merge the two first: README.md has the line")
     student = model.requires_grad_(not args.lora_rank)
-    if args.teacher == "frozen":  # as it is before adapters are added
+    teacher = model  # live: adapters are put into it, too
+    if args.teacher == "frozen":
         teacher = copy_model(model).requires_grad_(False)
     if args.lora_rank:
         peft = need("peft", "train with --lora-rank")
         torch.manual_seed(args.seed)
         config = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
                                  target_modules="all-linear", task_type="CAUSAL_LM")
-        with evaluation.told_in_a_line("--lora-rank"):  # Mamba's layers take none
+        with told_in_a_line("--lora-rank"):  # Mamba's layers take none
             student = peft.get_peft_model(model, config)
     if args.teacher == "ema":
         teacher = copy_model(student)
         add_masters(teacher)
-    if args.teacher == "live":
-        teacher = student
     add_masters(student)
     if args.grad_checkpoint:
         enable_grad_checkpoint(student)
@@ -322,7 +322,7 @@ def read_data(args, langs):
     kept_out = list_texts(pool(read(args.kept_out, holdout=1)))
     training = []
     for path in args.data:
-        with evaluation.told_in_a_line("--data"):
+        with told_in_a_line("--data"):
             queries = load_queries(path, [args.source_lang, *langs], args.label)
         part = split(queries, args.holdout)[0]
         kept = [query for query in part if kept_out.isdisjoint(list_texts([query]))]
@@ -418,7 +418,7 @@ def check_out(args):
     args.kept_out = args.eval_data
     before = {}
     if files or args.resume:
-        with evaluation.told_in_a_line(f"no run to resume or replace in --out {out}"):
+        with told_in_a_line(f"no run to resume or replace in --out {out}"):
             before = read_json(out / "args.json")
             kept_out = before["kept_out"]  # other programs write an args.json, too
     if args.resume:
@@ -443,7 +443,7 @@ def start_out(args, before):
         tell("note: the prompts are not those that the run began with: the data, a template or the "
              "date that the chat template writes have changed")
     if not args.resume:
-        with evaluation.told_in_a_line(f"cannot empty {args.out}"):
+        with told_in_a_line(f"cannot empty {args.out}"):
             for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
                 if not old.is_dir():  # what lies deeper is not of a run
                     old.unlink()
@@ -456,7 +456,7 @@ def save_checkpoint(args, step, student, teacher, optimizer):
     logs = {name: Path(args.out, name).read_text(encoding="utf-8") for name in LOGS}
     weights = list_masters(student) + list_masters(teacher)
     state = {"step": step, "logs": logs, "weights": weights, "optimizer": optimizer.state_dict()}
-    with evaluation.told_in_a_line(f"cannot write {path}, the last is whole"):
+    with told_in_a_line(f"cannot write {path}, the last is whole"):
         torch.save(state, f"{path}.tmp")
         Path(f"{path}.tmp").replace(path)
 
@@ -464,7 +464,7 @@ def save_checkpoint(args, step, student, teacher, optimizer):
 @torch.no_grad()
 def load_checkpoint(args, student, teacher, optimizer):
     """Restore what save_checkpoint wrote, the logs among it -> steps done. Raises UserError."""
-    with evaluation.told_in_a_line(f"--resume {args.out}"):
+    with told_in_a_line(f"--resume {args.out}"):
         state = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
         if args.steps < state["step"]:
             raise UserError(f"--steps {args.steps}: {state['step']} are done in {args.out}")
@@ -482,7 +482,7 @@ def load_checkpoint(args, student, teacher, optimizer):
 def append_line(args, name, row):
     """A line more in a .jsonl file of --out; what is not finite becomes null."""
     path = Path(args.out, name)
-    with evaluation.told_in_a_line(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
+    with told_in_a_line(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
         row = json.loads(json.dumps(row), parse_constant=lambda constant: None)  # JSON has no NaN
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -520,7 +520,7 @@ def split_text(tokenizer, ids):
 def write_page(args):
     """page.html: both logs in data/page.html. What a model wrote cannot run in it: without < it
     cannot end its script element."""
-    page = Path(HERE, "data", "page.html").read_text(encoding="utf-8")
+    page = (HERE / "data/page.html").read_text(encoding="utf-8")
     for name in LOGS:
         lines = Path(args.out, name).read_text(encoding="utf-8").strip().replace("\n", ",\n")
         data = lines.replace("<", r"\u003c")
@@ -599,7 +599,7 @@ def main(args):
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             show_table()
     if RANK == 0:
-        with evaluation.told_in_a_line(f"cannot save in {args.out}"):
+        with told_in_a_line(f"cannot save in {args.out}"):
             student.save_pretrained(args.out)
             tokenizer.save_pretrained(args.out)
             evaluation.write(Path(args.out, "README.md"), CARD.format(**vars(args)))
