@@ -2,7 +2,6 @@
 costs one line and nothing else (design.md §3). At the end, the README's commands."""
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -113,10 +112,9 @@ def are_equal(weights, others):
         torch.equal(weights[name], others[name]) for name in weights)
 
 
-def take_digest(folder):
-    """Of every file below a folder."""
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.rglob("*") if path.is_file()}
+def read_files(folder):
+    """What every file below a folder holds."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- what a run leaves ---
@@ -218,11 +216,9 @@ def test_a_response_is_truncated_where_no_stop_ends_it(train, monkeypatch):
     assert row["response_tokens"] == 4 and row["response_len"] == pytest.approx(4 / 3, rel=1e-4)
 
 
-@pytest.mark.parametrize("text", [
-    "</script><img src=x onerror=alert(1)><!-- <script> &lt;/script&gt;",
-    "1\u20282\x853\x0c4\r\n5"])
 def test_the_page_holds_both_logs_of_all_steps_and_a_response_is_data_in_it(
-        train, folder, monkeypatch, text):
+        train, folder, monkeypatch):
+    text = "</script><img src=x onerror=alert(1)><!-- <script> 1\u20282\x853\x0c4\r\n5"
     ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
     script_responses(monkeypatch, [ids] * 2)
     train("o", steps=1)
@@ -311,10 +307,9 @@ def test_the_sampler_gets_its_flags_and_noise_of_its_own_for_each_seed_and_step(
 
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_an_ema_teacher_follows_after_every_step(train, monkeypatch, rank):
+def test_an_ema_teacher_follows_after_every_step(train, monkeypatch):
     calls = spy_learn(monkeypatch)
-    train("o", "--teacher", "ema", "--ema-decay", 0.75, "--lora-rank", rank, steps=4)
+    train("o", "--teacher", "ema", "--ema-decay", 0.75, steps=4)
     for (*_, before), (*_, student, after) in zip(calls, calls[1:]):
         assert not all(map(torch.equal, before, after))
         for old, new, mean in zip(before, student, after):
@@ -607,11 +602,11 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_as_if_it_were_not(
     check_same_run(train("o", "--resume", steps=steps), train("straight", steps=steps))
 
 
-def test_after_ctrl_c_before_the_first_step_the_same_command_can_be_given_again(
+def test_after_ctrl_c_before_the_first_checkpoint_the_same_command_can_be_given_again(
         train, fail, monkeypatch):
-    flags = [*JUDGED, "--holdout", 0.4]
-    with monkeypatch.context() as patch:  # once the first table is written
-        patch.setattr(msd, "pick_batch", lambda *args: signal.raise_signal(signal.SIGINT))
+    flags = [*JUDGED, "--holdout", 0.4, "--save-every", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(msd, "save_checkpoint", lambda *args: signal.raise_signal(signal.SIGINT))
         fail("o", *flags, code=130)
     assert len(read_log(train("o", *flags))) == 2
 
@@ -628,9 +623,9 @@ def test_resume_may_change_what_leaves_the_training_alone(train):
 
 def test_a_resumed_run_does_not_unsay_steps_that_are_done(train, fail):
     out = train("o")
-    before = take_digest(out)
+    before = read_files(out)
     assert "2 are done" in fail("o", "--resume", steps=1)
-    assert take_digest(out) == before
+    assert read_files(out) == before
 
 
 def test_a_file_that_is_named_twice_is_one_line(fail, tmp_path):
@@ -663,13 +658,13 @@ def change(action, tmp_path):
 def test_resume_refuses_any_other_change_in_one_line(train, fail, monkeypatch, tmp_path):
     write_queries(tmp_path / "p.csv")
     out = train("o")
-    before = take_digest(out)
+    before = read_files(out)
     monkeypatch.setattr(msd, "load_models", lambda *args: 1 / 0)  # before anything slow is done
     for action in list_flags(msd):
         if action.dest not in MAY_CHANGE and not action.dest.startswith("eval_"):
             line = fail("o", "--resume", *change(action, tmp_path))
             assert action.option_strings[0] in line
-    assert take_digest(out) == before
+    assert read_files(out) == before
 
 
 def test_a_run_that_moved_or_is_named_another_way_goes_on(train, folder, tmp_path, monkeypatch):
@@ -705,9 +700,9 @@ def test_a_date_in_the_template_does_not_change_unsaid_in_a_resumed_run(
 def test_a_run_whose_files_are_gone_or_cut_short_is_one_line(train, fail, name, damage):
     out = train("o")
     damage(out / name)
-    before = take_digest(out)
+    before = read_files(out)
     assert str(out) in fail("o", "--resume", steps=3)
-    assert take_digest(out) == before
+    assert read_files(out) == before
 
 
 @contextlib.contextmanager
@@ -753,25 +748,16 @@ def test_overwrite_leaves_what_lies_deeper_and_nothing_else_also_behind_a_link(t
     assert (out / "merged" / "notes.txt").read_text() == "no run's"
 
 
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(train):
-    out = train("o", *JUDGED, "--holdout", 0.4)
-    for kept in (("args.json", "after-0.json", "metrics.jsonl", "samples.jsonl"), ()):
-        for path in out.iterdir():
-            if path.name not in kept:
-                path.unlink()
-        assert len(read_log(train("o"))) == 2
-
-
 def test_what_is_to_be_read_is_not_overwritten(train, folder, fail):
     out = train("o")
     shutil.copytree(folder, out / "m")
     data = write_queries(out / "q.csv")
     (out / "t.txt").write_text("{query} {query_en}")
-    before = take_digest(out)
+    before = read_files(out)
     for flags in (["--model", out / "m"], ["--data", data], ["--eval-data", f"jv={data}"],
                   ["--teacher-prompt", out / "t.txt"]):
         assert "is to be read" in fail("o", "--overwrite", *flags)
-    assert take_digest(out) == before
+    assert read_files(out) == before
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]], ids=str)
@@ -781,9 +767,9 @@ def test_a_folder_that_is_no_run_is_never_deleted(fail, tmp_path, name, text, fl
     file = tmp_path / "o" / name
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    before = take_digest(tmp_path / "o")
+    before = read_files(tmp_path / "o")
     fail("o", *flags)
-    assert take_digest(tmp_path / "o") == before
+    assert read_files(tmp_path / "o") == before
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]], ids=str)
@@ -826,12 +812,12 @@ def test_an_adapter_is_no_model_to_train(train, fail):
 
 def test_a_run_in_use_is_not_written_over_nor_by_a_mistake(train, fail):
     out = train("o")
-    before = take_digest(out)
+    before = read_files(out)
     line = fail("o")
     assert "in use" in line and "--resume" in line and "--overwrite" in line
     for flags in (["--steps", 0], ["--data", "/nowhere.csv"], ["--model", out, "--lora-rank", 2]):
         fail("o", "--overwrite", *flags)
-    assert take_digest(out) == before
+    assert read_files(out) == before
 
 
 # --- several processes ---

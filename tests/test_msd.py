@@ -272,9 +272,8 @@ def test_a_batch_holds_the_benign_fraction_where_there_are_both_kinds(kinds, fra
         assert sum(pair in POOLS["benign"] for pair in batch) == want and len(batch) == 5
 
 
-@pytest.mark.parametrize("size", [4, 10, 64])
-def test_every_query_comes_once_an_epoch_in_an_order_of_its_own(size):
-    args = parse("--batch-size", size, "--benign-fraction", 0.5)
+def test_every_query_comes_once_an_epoch_in_an_order_of_its_own():
+    args = parse("--batch-size", 10, "--benign-fraction", 0.5)
     drawn = sum([pick_batch(args, POOLS, step) for step in range(50)], [])
     for pool in POOLS.values():
         n = len(pool)
@@ -326,11 +325,8 @@ def test_the_student_sees_its_query_and_nothing_else(tokenizer):
 
 def test_the_default_teacher_sees_the_query_its_english_and_an_instruction(tokenizer):
     _, teacher = show(tokenizer)
-    rest = teacher
-    for text in QUERY.text.values():
-        assert rest.count(text) == 1
-        rest = rest.replace(text, "")
-    assert "judge" in rest and "English" in rest and "Javanese" in rest
+    assert all(teacher.count(text) == 1 for text in QUERY.text.values())
+    assert "judge" in teacher and "English" in teacher and "Javanese" in teacher
     assert show(tokenizer, "--teacher-prompt", "cot")[1] == teacher
 
 
