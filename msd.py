@@ -353,8 +353,8 @@ def make_pools(args, model, tokenizer, template, langs, queries):
     """{"benign", "other": (query, language) pairs} of which both prompts leave room for a response
     in the model's context; the others are counted. args.prompts: a checksum of all prompts. Raises
     UserError if none is left."""
-    reserve = 16  # what stands around the judgement of --cot-tokens
-    room = find_context(model) - args.max_new_tokens - args.cot_tokens - reserve
+    # 16: what stands around the judgement of --cot-tokens
+    room = find_context(model) - args.max_new_tokens - args.cot_tokens - 16
     pools = {"benign": [], "other": []}
     args.prompts = 0
     for query, lang in itertools.product(queries, langs):
