@@ -17,16 +17,14 @@ alone.
 import argparse
 import copy
 import functools
-import hashlib
 import itertools
 import json
 import math
 import os
 import random
-import re
-import shutil
 import sys
 import time
+import zlib
 from pathlib import Path
 
 import torch
@@ -39,8 +37,9 @@ import eval as evaluation
 from data.judges import find_phrases, keyword_verdict, load_refusals, read_json
 from data.queries import load_queries, normalise, split
 from dpsw import dpsw_loss_chunked
+from eval import told_in_a_line
 from sample import (
-    HERE, LANGUAGES, RANK, Parser, UserError, add_model_flags, encode_chat, fill_template,
+    HERE, RANK, Parser, UserError, add_model_flags, encode_chat, fill_template,
     find_context, find_device, find_path, find_process, find_stop_ids, find_vocab_size, gather,
     load_model, natural, need, number, pad_right, positive, read_template, response_hidden,
     response_logits, sample, tell)
@@ -50,10 +49,8 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
-JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
-MAX_BAD_STEPS = 5  # in a row, of a loss or gradient that is not finite
-# what --resume may change, beside flags that begin with eval_; prompts is a hash, and told
-MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite", "prompts"}
+# what --resume may change, beside flags that begin with eval_
+MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite"}
 LOGS = ("metrics.jsonl", "samples.jsonl")
 
 
@@ -61,15 +58,13 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 
 def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
     """The algorithm box. pools: the queries to learn from, see pick_batch. Yields after each step
-    (steps done, steps in a row that were not finite)."""
+    how many are done."""
     generator = torch.Generator(student.device)
     rank, world = find_process()
     stop_ids = find_stop_ids(student, tokenizer)
     vocab_size = find_vocab_size(tokenizer)
-    bad = 0
     for step in (bar := tqdm(range(start, args.steps), "msd", args.steps, initial=start)):
         began = time.perf_counter()
-        reset_peak(student.device)
 
         # 1. queries, each under two contexts: the student's and the teacher's
         batch = pick_batch(args, pools, step)[rank::world]  # a process's share
@@ -88,12 +83,11 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         loss, scores = learn(args, student, teacher, student_prompts, teacher_prompts, responses)
 
         # 4. update; what is not finite is never stepped on
-        weights = list_trained(student)
+        weights = list_masters(student)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
         lr = args.lr * min(1, (step + 1) / (args.warmup + 1))
-        bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
         means = summarise(scores, responses, stop_ids)
-        skipped = bad > 0 or not means["response_tokens"]
+        skipped = not (means["response_tokens"] and math.isfinite(loss + grad_norm))
         if not skipped:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -108,15 +102,15 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
                **means, "peak_mem_gb": max(gather(peak_memory(student.device))),
                "seconds": time.perf_counter() - began}
         row["tokens_per_s"] = row["response_tokens"] / row["seconds"]
-        told = [describe(tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
-                         responses[i], scores[i]) for i in sorted({0, len(batch) - 1})]
-        told = sum(gather(told), [])
+        told = gather([
+            describe(tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
+                     responses[i], scores[i]) for i in (0, -1)])
         if rank == 0:
             append_line(args, "metrics.jsonl", row)
-            for line in told[:1] + told[1:][-1:]:
-                append_line(args, "samples.jsonl", line)
+            append_line(args, "samples.jsonl", told[0][0])
+            append_line(args, "samples.jsonl", told[-1][-1])
         bar.set_postfix_str(f"loss {loss:.4f}, {row['response_len']:.0f} tokens a response")
-        yield step + 1, bad
+        yield step + 1
 
 
 def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
@@ -153,34 +147,30 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
         for b, i in enumerate(rows):
             scores[i] = {name: x[b][mask[b]] for name, x in stats.items()}
             if i in (0, len(responses) - 1):
-                with torch.no_grad():
-                    scores[i]["teacher_top"] = teacher_head(teacher_hidden[b][mask[b]]).argmax(-1)
+                scores[i]["teacher_top"] = teacher_head(teacher_hidden[b][mask[b]]).argmax(-1)
     sum_gradients(student)
     return sum(gather(total)), scores
 
 
 def pick_batch(args, pools, step):
     """The (query, language) pairs of a step, a function of (seed, step) alone: benign queries are
-    --benign-fraction of them where there are others, too; a pool goes round in a shuffled order.
-    pools: {"other": pairs, "benign": pairs}."""
+    --benign-fraction of them where there are others, too. pools: {"other": pairs, "benign": pairs}.
+    """
     share = args.batch_size * args.benign_fraction
     if not (pools["benign"] and pools["other"]):
         share = args.batch_size if pools["benign"] else 0
     first = round(step * share)  # benign queries before this step, and after it
     last = round((step + 1) * share)
-    spans = {"other": range(step * args.batch_size - first, (step + 1) * args.batch_size - last),
-             "benign": range(first, last)}
-    batch = []
-    for name, span in spans.items():
-        pairs = pools[name]
-        orders = {}  # epoch: its shuffled pairs
-        for i in span:
-            epoch, at = divmod(i, len(pairs))
-            if epoch not in orders:
-                rng = random.Random(f"{args.seed} {name} {epoch}")
-                orders[epoch] = rng.sample(pairs, len(pairs))
-            batch.append(orders[epoch][at])
-    return batch
+    other = itertools.islice(go_round(args, pools, "other"), step * args.batch_size - first,
+                             (step + 1) * args.batch_size - last)
+    return [*other, *itertools.islice(go_round(args, pools, "benign"), first, last)]
+
+
+def go_round(args, pools, name):
+    """Yield a pool's pairs without end, each epoch in an order of its own."""
+    for epoch in itertools.count():
+        rng = random.Random(f"{args.seed} {name} {epoch}")
+        yield from rng.sample(pools[name], len(pools[name]))
 
 
 def write_student_prompts(args, tokenizer, batch):
@@ -195,8 +185,8 @@ def write_teacher_prompts(args, teacher, tokenizer, template, batch):
                            args.system) for query, lang in batch]
     if not args.cot_tokens:
         return prompts
-    lead = tokenizer(JUDGEMENT, add_special_tokens=False).input_ids
-    gap = tokenizer("\n\n", add_special_tokens=False).input_ids
+    parts = ["Safety judgement:", "\n\n"]
+    lead, gap = tokenizer(parts, add_special_tokens=False).input_ids
     stop_ids = find_stop_ids(teacher, tokenizer)
     prompts = [prompt + lead for prompt in prompts]
     written = sample(teacher, prompts, max_new_tokens=args.cot_tokens, stop_ids=stop_ids,
@@ -211,44 +201,37 @@ def write_teacher_prompts(args, teacher, tokenizer, template, batch):
 @torch.no_grad()
 def update_ema(teacher, student, decay):
     """teacher ← decay · teacher + (1 − decay) · student, of what is trained: the rest is shared."""
-    for average, weight in zip(list_trained(student, teacher), list_trained(student)):
+    for average, weight in zip(list_masters(teacher), list_masters(student)):
         average.lerp_(weight, 1 - decay)
     round_masters(teacher)
 
 
 # --- float32 masters: weights in bfloat16 alone would lose small updates to rounding ---
 
-def add_masters(model, trained):
+def add_masters(model):
     """Give each trained weight of less than float32 a float32 `master`, which sums its gradients.
-    trained: of each weight, whether it is."""
+    """
     def move_gradient(p):
         grad = p.grad.float()
         p.grad = None
         p.master.grad = grad if p.master.grad is None else p.master.grad.add_(grad)
 
-    for p, is_trained in zip(model.parameters(), trained):
-        if is_trained and p.dtype != torch.float32:
+    for p in model.parameters():
+        if p.requires_grad and p.dtype != torch.float32:
             p.master = p.detach().float()
-            if p.requires_grad:
-                p.register_post_accumulate_grad_hook(move_gradient)
+            p.register_post_accumulate_grad_hook(move_gradient)
 
 
-def find_master(p):
-    """What the optimizer changes of a weight: its master, or itself."""
-    return getattr(p, "master", p)
-
-
-def list_trained(student, model=None):
-    """What the optimizer changes, or what another model has in its place."""
-    pairs = zip(student.parameters(), (model or student).parameters())
-    return [find_master(q) for p, q in pairs if p.requires_grad]
+def list_masters(model):
+    """What changes of a model: of the student by the optimizer, of an EMA teacher as an average."""
+    return [getattr(p, "master", p) for p in model.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def round_masters(model):
     """Copy the masters into the weights that run."""
     for p in model.parameters():
-        if p is not find_master(p):
+        if hasattr(p, "master"):
             p.copy_(p.master)
 
 
@@ -266,7 +249,7 @@ def join_processes(args, device):
 def sum_gradients(student):
     """Sum the gradients of all processes, in place."""
     if dist.is_initialized():
-        for p in list_trained(student):
+        for p in list_masters(student):
             if p.grad is None:  # this process had no response with a token
                 p.grad = torch.zeros_like(p)
             dist.all_reduce(p.grad)
@@ -280,41 +263,38 @@ def load_models(args, device, dtype):
     if hasattr(model, "peft_config"):
         raise UserError(f"--model {args.model} is an adapter: train its base with --lora-rank, or "
                         "merge the two first: README.md has the line")
-    if Path(args.model, "args.json").is_file():
-        tell(f"note: {args.model} was trained before: what it saw then is not marked in the tables")
     student = model.requires_grad_(not args.lora_rank)
-    teacher = copy_frozen(model) if args.teacher == "frozen" else None  # before adapters are added
+    teacher = model  # live: adapters are put into it, too
+    if args.teacher == "frozen":
+        teacher = copy_model(model).requires_grad_(False)
     if args.lora_rank:
         peft = need("peft", "train with --lora-rank")
         torch.manual_seed(args.seed)
         config = peft.LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank,
                                  target_modules="all-linear", task_type="CAUSAL_LM")
-        with evaluation.told_in_a_line("--lora-rank"):  # Mamba's layers take none
+        with told_in_a_line("--lora-rank"):  # Mamba's layers take none
             student = peft.get_peft_model(model, config)
-    trained = [p.requires_grad for p in student.parameters()]
     if args.teacher == "ema":
-        teacher = copy_frozen(student)
-        add_masters(teacher, trained)
-    add_masters(student, trained)
+        teacher = copy_model(student)
+        add_masters(teacher)
+    add_masters(student)
     if args.grad_checkpoint:
         enable_grad_checkpoint(student)
-    return student, teacher or student, tokenizer
+    return student, teacher, tokenizer
 
 
-def copy_frozen(model):
-    """A copy that is never trained; it shares the weights that `model` does not train either."""
+def copy_model(model):
+    """A copy that shares the weights that `model` does not train."""
     shared = {id(p): p for p in model.parameters() if not p.requires_grad}
-    return copy.deepcopy(model, shared).requires_grad_(False).eval()
+    return copy.deepcopy(model, shared)
 
 
 def enable_grad_checkpoint(model):
     """Recompute a layer's activations in the backward pass. Not by transformers' own switch, which
-    asks for training mode, and so for dropout. Raises UserError."""
-    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    if not layers:
-        raise UserError("this model has no layers to checkpoint: give --no-grad-checkpoint")
-    for layer in layers:
-        layer.forward = functools.partial(checkpoint_layer, layer.forward)
+    asks for training mode, and so for dropout. What has no such layers keeps all."""
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = functools.partial(checkpoint_layer, layer.forward)
 
 
 def checkpoint_layer(forward, *args, **kwargs):
@@ -326,7 +306,7 @@ def checkpoint_layer(forward, *args, **kwargs):
 
 def make_optimizer(args, student):
     """AdamW over what is trained."""
-    return torch.optim.AdamW(list_trained(student), args.lr, betas=(0.9, 0.99), weight_decay=0.0,
+    return torch.optim.AdamW(list_masters(student), args.lr, betas=(0.9, 0.99), weight_decay=0.0,
                              fused=True)
 
 
@@ -340,29 +320,20 @@ def read_data(args, langs):
     read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
                              needs_all=not (args.eval_data or args.kept_out))
     kept_out = list_texts(pool(read(args.kept_out, holdout=1)))
-    limit = args.eval_limit or None
-    judged = read(args.eval_data, holdout=1, limit=limit)
-    heldout = []
-    if args.eval_every and args.holdout:
-        heldout = read(args.data, label=args.label, holdout=args.holdout, limit=limit)
-
     training = []
     for path in args.data:
-        try:
+        with told_in_a_line("--data"):
             queries = load_queries(path, [args.source_lang, *langs], args.label)
-        except ValueError as e:
-            raise UserError(e) from None
-        part = split(queries, args.holdout)[0]
-        kept = [query for query in part if kept_out.isdisjoint(list_texts([query]))]
-        if len(kept) < len(part):
-            tell(f"note: {path}: {len(part) - len(kept)} queries are in --eval-data as well, and "
-                 "not trained on")
-        training += kept
-    # without --resume what is judged was kept out, just now
-    if args.resume and not list_texts(training).isdisjoint(list_texts(pool(judged))):
+        training += [query for query in split(queries, args.holdout)[0]
+                     if kept_out.isdisjoint(list_texts([query]))]
+
+    judged = read(args.eval_data, holdout=1, limit=args.eval_limit)
+    if not list_texts(training).isdisjoint(list_texts(pool(judged))):
         raise UserError("--eval-data holds queries that this run was trained on: give it from the "
                         "start, or measure by eval.py")
-    return judged + heldout, training
+    if args.eval_every:
+        judged += read(args.data, label=args.label, holdout=args.holdout, limit=args.eval_limit)
+    return judged, training
 
 
 def pool(cells):
@@ -380,27 +351,21 @@ def list_texts(queries):
 
 def make_pools(args, model, tokenizer, template, langs, queries):
     """{"benign", "other": (query, language) pairs} of which both prompts leave room for a response
-    in the model's context; the others are counted. args.prompts: a hash of all prompts. Raises
+    in the model's context; the others are counted. args.prompts: a checksum of all prompts. Raises
     UserError if none is left."""
-    lead = 16  # tokens around the judgement of --cot-tokens
-    room = find_context(model) - args.max_new_tokens - args.cot_tokens - lead
+    # 16: what stands around the judgement of --cot-tokens
+    room = find_context(model) - args.max_new_tokens - args.cot_tokens - 16
     pools = {"benign": [], "other": []}
-    differ = args.cot_tokens > 0
-    digest = hashlib.sha256()
+    args.prompts = 0
     for query, lang in itertools.product(queries, langs):
         texts = query.text[lang], fill_template(template, query, lang, args.source_lang)
         prompts = [encode_chat(tokenizer, text, args.system) for text in texts]
-        digest.update(str(prompts).encode())
-        differ = differ or prompts[0] != prompts[1]
+        args.prompts = zlib.crc32(str(prompts).encode(), args.prompts)
         if max(map(len, prompts)) <= room:
             pools["benign" if query.label in ("benign", "qa") else "other"].append((query, lang))
-    args.prompts = digest.hexdigest()
     kept = sum(map(len, pools.values()))
     if skipped := len(queries) * len(langs) - kept:
         tell(f"note: {skipped} queries do not fit the model's context: skipped")
-    if kept and not differ:
-        tell("warning: student and teacher see the same: there is nothing to learn; another "
-             "--teacher-prompt is needed")
     if not kept:
         raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or "
                         "give more --data (what is in --eval-data is never trained on)")
@@ -415,18 +380,15 @@ def preflight(args, student, teacher, tokenizer, template, pools):
     pairs = sum(pools.values(), [])
     for query, lang in random.Random(args.seed).sample(pairs, len(pairs)):  # files are sorted
         groups.setdefault((lang, query.label), []).append((query, lang))
-    refusals = load_refusals()
     for (lang, label), batch in groups.items():
         batch = batch[:args.preflight]
-        phrases = find_phrases(lang, refusals)
+        phrases = find_phrases(lang, load_refusals())
         if not phrases:
             tell(f"warning: no refusal phrases for {lang}: no preflight in it")
             continue
 
         def ask(model, prompts):
-            room = find_context(model) - max(map(len, prompts))
-            answers = evaluation.answer(model, tokenizer, prompts,
-                                        min(args.eval_max_new_tokens, room), 64)
+            answers = evaluation.answer(model, tokenizer, prompts, args.eval_max_new_tokens, 64)
             return [keyword_verdict(text, query.text[lang], phrases) == "refusal"
                     for text, (query, _) in zip(answers, batch)]
 
@@ -435,11 +397,10 @@ def preflight(args, student, teacher, tokenizer, template, pools):
         flips = sum(t and not s for s, t in zip(before, after))
         print(f"preflight {lang}: of {len(batch)} {label} queries the student refuses "
               f"{sum(before)}, the teacher {sum(after)}; {flips} flip", flush=True)
-        if label == "benign" and sum(after) > 0.1 * len(batch):
-            tell("warning: the teacher refuses benign queries, and the student is about to learn "
-                 "that as well; another --teacher-prompt may not")
-        if label == "harmful" and sum(before) - sum(after) > 0.1 * len(batch):
-            tell(f"warning: in {lang} the teacher refuses fewer harmful queries than the student, "
+        more = sum(after) - sum(before)
+        worse = {"benign": more, "harmful": -more}.get(label, 0)
+        if worse > 0.1 * len(batch):
+            tell(f"warning: in {lang} the teacher judges {label} queries worse than the student, "
                  "who is about to learn that; another --teacher-prompt may do better")
 
 
@@ -449,136 +410,88 @@ def check_out(args):
     """Refuse to write over what is there, or to resume with other flags; under --resume keep out of
     training what was kept out -> args.json as it was. Raises UserError."""
     out = Path(args.out)
-    files = {path.name for path in out.glob("*")} - {"args.json.tmp", "before.json.tmp"}
-    before = {}
-    if "args.json" in files:
-        with evaluation.told_in_a_line(out):
-            before = read_json(out / "args.json")
+    files = {path.name for path in out.glob("*")}
     args.kept_out = args.eval_data
+    before = {}
+    if files or args.resume:
+        with told_in_a_line(f"no run to resume or replace in --out {out}"):
+            before = read_json(out / "args.json")
+            kept_out = before["kept_out"]  # other programs write an args.json, too
     if args.resume:
-        if "checkpoint.pt" not in files:
-            raise UserError(f"--resume: there is no checkpoint in {out}")
-        args.kept_out = before.get("kept_out")
+        args.kept_out = kept_out
         for name, value in vars(args).items():
             if name not in MAY_CHANGE and name[:5] != "eval_" and before.get(name) != value:
                 raise UserError(f"--resume: --{name.replace('_', '-')} is {value}, and was "
                                 f"{before.get(name)} in {out}/args.json")
-    elif files:
-        if "kept_out" not in before:
-            raise UserError(f"--out {out} is there and is no run of msd.py: name another")
-        for path in (args.model, *args.data, *args.eval_data, find_path(args.teacher_prompt)):
-            if re.search(f"(^|=){re.escape(str(out.resolve()))}/", f"{path}/"):
-                raise UserError(f"--out {out} holds what is to be read, {path}: name another")
-        # a run without a checkpoint begins again
-        if files - {"args.json", "before.json", *LOGS} and not args.overwrite:
-            raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
+        return before
+    for path in (args.model, *args.data, *args.eval_data, find_path(args.teacher_prompt)):
+        if f"{out.resolve()}/" in f"{path}/":
+            raise UserError(f"--out {out} holds what is to be read, {path}: name another")
+    # a run without a checkpoint begins again
+    if files - {"args.json", "after-0.json", *LOGS} and not args.overwrite:
+        raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
     return before
 
 
 def start_out(args, before):
     """Make --out with its args.json; the files of an earlier run go, but under --resume."""
-    if RANK:
-        return
+    if args.resume and before.get("prompts") != args.prompts:
+        tell("note: the prompts are not those that the run began with: the data, a template or the "
+             "date that the chat template writes have changed")
     if not args.resume:
-        with evaluation.told_in_a_line(f"cannot empty {args.out}"):
-            shutil.rmtree(Path(args.out, "saving"), ignore_errors=True)
+        with told_in_a_line(f"cannot empty {args.out}"):
             for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
                 if not old.is_dir():  # what lies deeper is not of a run
                     old.unlink()
-    elif before.get("prompts") != args.prompts:
-        tell("note: the prompts are not those that the run began with: the data, a template or the "
-             "date that the chat template writes have changed")
     evaluation.write(Path(args.out, "args.json"), json.dumps(vars(args), indent=1))
-
-
-def list_state(args, student, teacher):
-    """The weights that a run changes: the trained ones, and an EMA teacher's averages of them."""
-    averages = list_trained(student, teacher) if args.teacher == "ema" else []
-    return list_trained(student) + averages
 
 
 def save_checkpoint(args, step, student, teacher, optimizer):
     """All that changes in a run, whole or not at all. Raises UserError."""
     path = Path(args.out, "checkpoint.pt")
-    logs = {name: Path(args.out, name).stat().st_size for name in LOGS}
-    state = {"step": step, "logs": logs, "weights": list_state(args, student, teacher),
-             "optimizer": optimizer.state_dict()}
-    with evaluation.told_in_a_line(f"cannot write {path}, the last is whole"):
+    logs = {name: Path(args.out, name).read_text(encoding="utf-8") for name in LOGS}
+    weights = list_masters(student) + list_masters(teacher)
+    state = {"step": step, "logs": logs, "weights": weights, "optimizer": optimizer.state_dict()}
+    with told_in_a_line(f"cannot write {path}, the last is whole"):
         torch.save(state, f"{path}.tmp")
         Path(f"{path}.tmp").replace(path)
 
 
 @torch.no_grad()
 def load_checkpoint(args, student, teacher, optimizer):
-    """Restore what save_checkpoint wrote, cut what the logs hold beyond it -> steps done. Raises
-    UserError."""
-    with evaluation.told_in_a_line(f"--resume {args.out}"):
+    """Restore what save_checkpoint wrote, the logs among it -> steps done. Raises UserError."""
+    with told_in_a_line(f"--resume {args.out}"):
         state = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
         if args.steps < state["step"]:
             raise UserError(f"--steps {args.steps}: {state['step']} are done in {args.out}")
-        for p, saved in zip(list_state(args, student, teacher), state["weights"], strict=True):
-            p.copy_(saved)
+        weights = list_masters(student) + list_masters(teacher)
+        for weight, saved in zip(weights, state["weights"], strict=True):
+            weight.copy_(saved)
         round_masters(student)
         round_masters(teacher)
         optimizer.load_state_dict(state["optimizer"])
-        for name, size in state["logs"].items():
-            if Path(args.out, name).stat().st_size < size:
-                raise ValueError(f"{name} is shorter than at the checkpoint")
-            os.truncate(Path(args.out, name), size)
+        for name, text in state["logs"].items():
+            Path(args.out, name).write_text(text, encoding="utf-8")
     return state["step"]
-
-
-def save_model(args, student, tokenizer, langs):
-    """Leave an ordinary Hugging Face (or PEFT adapter) folder, file by file whole or not at all."""
-    beside = Path(args.out, "saving")
-    student.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    named = ", ".join(LANGUAGES.get(lang, lang) for lang in langs)
-    data = ", ".join(Path(path).name for path in args.data)
-    card = CARD.format(**{**vars(args), "lang": named, "data": data})
-    Path(beside, "README.md").write_text(card, encoding="utf-8")
-    for path in beside.iterdir():
-        path.replace(Path(args.out, path.name))
-    beside.rmdir()
-
-
-CARD = """---
-base_model: {model}
----
-{model}, trained by multilingual safety self-distillation (MSD, arXiv 2605.02971) on queries in
-{lang}, without any response data: {policy}-policy, {steps} steps, teacher prompt {teacher_prompt},
-data {data}.
-
-For research. It does not promise safety: it can be jailbroken, and it can refuse what it should
-answer. It was judged by the tables of its own run alone: measure it on your own data.
-"""
 
 
 def append_line(args, name, row):
     """A line more in a .jsonl file of --out; what is not finite becomes null."""
     path = Path(args.out, name)
-    with evaluation.told_in_a_line(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
-        row = {name: to_json(x) for name, x in row.items()}
+    with told_in_a_line(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
+        row = json.loads(json.dumps(row), parse_constant=lambda constant: None)  # JSON has no NaN
         f.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def to_json(x):
-    """A value of a log, or a list of them: null where it is not finite, for JSON knows no NaN."""
-    if isinstance(x, list):
-        return [to_json(y) for y in x]
-    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def summarise(scores, responses, stop_ids):
     """Means over the response tokens of a step, of all processes, and how long responses are."""
-    whole = [any(t in stop_ids for t in response[-1:]) for response in responses]
-    counts = [sum(map(len, responses)), len(responses), sum(whole)]
     names = ("divergence", "weight", "w_teacher", "w_student")
+    ended = [response[-1] in stop_ids for response in responses if response]
+    counts = [sum(map(len, responses)), len(responses), sum(ended)]
     sums = [sum(score[name].sum().item() for score in scores) for name in names]
     n, B, ended, *sums = map(sum, zip(*gather(counts + sums)))
-    means = [x / max(n, 1) for x in sums]
-    return {**dict(zip(names, means)), "response_tokens": n, "response_len": n / B,
-            "truncated": 1 - ended / B}
+    means = {name: x / max(n, 1) for name, x in zip(names, sums)}
+    return {**means, "response_tokens": n, "response_len": n / B, "truncated": 1 - ended / B}
 
 
 def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, score):
@@ -595,42 +508,24 @@ def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, sco
 
 def split_text(tokenizer, ids):
     """The text of each token; a character of several tokens (Thai, Bengali) stands at its last."""
-    parts = []
-    start = 0  # of the tokens whose text is not told yet
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end])
-        is_whole = not text.endswith("\ufffd") or end - start == 4 or end == len(ids)
-        parts.append(text if is_whole else "")
-        if is_whole:
-            start = end
-    return parts
+    texts = [tokenizer.decode(ids[:n]).rstrip("\ufffd") for n in range(len(ids))]
+    texts.append(tokenizer.decode(ids))
+    return [text[len(before):] for before, text in itertools.pairwise(texts)]
 
 
 def write_page(args):
-    """page.html: both logs in data/page.html. What a model wrote cannot run in it: without < > & it
+    """page.html: both logs in data/page.html. What a model wrote cannot run in it: without < it
     cannot end its script element."""
-    page = Path(HERE, "data", "page.html").read_text(encoding="utf-8")
+    page = (HERE / "data/page.html").read_text(encoding="utf-8")
     for name in LOGS:
         lines = Path(args.out, name).read_text(encoding="utf-8").strip().replace("\n", ",\n")
-        data = re.sub("[<>&]", lambda m: f"\\u{ord(m[0]):04x}", lines)
+        data = lines.replace("<", r"\u003c")
         page = page.replace(f"__{name}__", data)
     evaluation.write(Path(args.out, "page.html"), page)
 
 
-def save_tables(path, rows, items):
-    """What an evaluation found, for the tables that follow."""
-    if RANK == 0:
-        evaluation.write(path, json.dumps((rows, items)))
-
-
-def reset_peak(device):
-    """Begin a new peak, where the device keeps one."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def peak_memory(device):
-    """GB (1e9 bytes) at the peak: of the GPU's allocations, else of this process."""
+    """GB (1e9 bytes) at the run's peak: of the GPU's allocations, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
@@ -639,25 +534,27 @@ def peak_memory(device):
 
 # --- the command ---
 
-def complete(args):
-    """Fill in the defaults that hang on other flags -> the target languages. Raises UserError."""
-    langs = evaluation.split_langs(args.lang)
-    if not (langs and args.source_lang.strip()):
-        raise UserError("--lang or --source-lang names no language")
-    if args.divergence == "jsd" and args.beta in (0, 1):
-        raise UserError("--divergence jsd is 0 at --beta 0 and 1: take forward or reverse")
-    if args.eval_lang is None:
-        args.eval_lang = "" if args.data or args.eval_data else "sw"
-    args.data = args.data or [str(HERE / "data/queries.csv")]
-    args.out = args.out or f"out/{'-'.join(langs)}"
-    args.eval_max_new_tokens = args.eval_max_new_tokens or max(32, args.max_new_tokens)
-    return langs
+CARD = """---
+base_model: {model}
+---
+{model}, trained by multilingual safety self-distillation (MSD, arXiv 2605.02971) on queries in
+{lang}, without any response data: {policy}-policy, {steps} steps, teacher prompt {teacher_prompt},
+data {data}.
+
+For research. It does not promise safety: it can be jailbroken, and it can refuse what it should
+answer. It was judged by the tables of its own run alone: measure it on your own data.
+"""
 
 
 def main(args):
     """Read the data, load the models, preflight, train, evaluate, save."""
-    langs = complete(args)
-    began = check_out(args)
+    langs = evaluation.split_langs(args.lang)
+    if not (langs and args.source_lang.strip()):
+        raise UserError("--lang or --source-lang names no language")
+    args.data = args.data or [str(HERE / "data/queries.csv")]
+    args.out = args.out or f"out/{'-'.join(langs)}"
+    args.eval_max_new_tokens = args.eval_max_new_tokens or max(32, args.max_new_tokens)
+    before = check_out(args)
 
     template = read_template(args.teacher_prompt)
     heldout, queries = read_data(args, langs)
@@ -667,45 +564,41 @@ def main(args):
     pools = make_pools(args, student, tokenizer, template, langs, queries)
     optimizer = make_optimizer(args, student)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
-    start_out(args, began)
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    if RANK == 0:
+        start_out(args, before)
+    trained = sum(map(torch.numel, list_masters(student)))
     print(f"msd: {args.model} on {student.device} in {student.dtype}, {trained:,} weights trained "
           f"on {len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries in "
           f"{', '.join(langs)}; {args.policy}-policy, {args.teacher} teacher under "
           f"'{args.teacher_prompt}'", flush=True)
 
-    judge = functools.partial(
-        evaluation.evaluate, student, tokenizer, heldout, refusals=load_refusals(), seen=langs,
-        batch_size=64, max_new_tokens=args.eval_max_new_tokens, system=args.system)
-    before = Path(args.out, "before.json")
+    def show_table():
+        rows, items = evaluation.evaluate(
+            student, tokenizer, heldout, refusals=load_refusals(), seen=langs, batch_size=64,
+            max_new_tokens=args.eval_max_new_tokens, system=args.system)
+        base = Path(args.out, "after-0.json")
+        base_rows, base_items = read_json(base) if base.is_file() else ([], [])
+        evaluation.compare(rows, items, base_rows, base_items)
+        print(f"\nheld-out queries after {step} steps (base: before the first)")
+        evaluation.print_rates(rows, base_rows)
+        if RANK == 0:
+            evaluation.write(Path(args.out, f"after-{step}.json"), json.dumps((rows, items)))
+
     if args.eval_every and not args.resume:
         if args.preflight:
             preflight(args, student, teacher, tokenizer, template, pools)
-        save_tables(before, *judge())
-
-    def show_table():
-        rows, items = judge()
-        base_rows, base_items = [], []
-        if before.is_file():
-            base_rows, base_items = read_json(before)
-        evaluation.compare(rows, items, base_rows, base_items)
-        print(f"\nheld-out queries before (base) and after {step} steps")
-        evaluation.print_rates(rows, base_rows)
-        save_tables(Path(args.out, f"after-{step}.json"), rows, items)
-
-    for step, bad in train(args, student, teacher, tokenizer, template, pools, optimizer, step):
+        show_table()
+    for step in train(args, student, teacher, tokenizer, template, pools, optimizer, step):
         due = args.save_every and (step % args.save_every == 0 or step == args.steps)
-        if RANK == 0 and (due or bad == MAX_BAD_STEPS):
+        if RANK == 0 and due:
             save_checkpoint(args, step, student, teacher, optimizer)
-        if bad == MAX_BAD_STEPS:
-            gather(None)  # the first process has saved: torchrun ends it with the others
-            raise UserError(f"{bad} steps in a row were not finite: begin again with a lower --lr, "
-                            f"or take the last good weights by --resume --steps {step}")
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             show_table()
     if RANK == 0:
-        with evaluation.told_in_a_line(f"cannot save in {args.out}"):
-            save_model(args, student, tokenizer, langs)
+        with told_in_a_line(f"cannot save in {args.out}"):
+            student.save_pretrained(args.out)
+            tokenizer.save_pretrained(args.out)
+            evaluation.write(Path(args.out, "README.md"), CARD.format(**vars(args)))
             write_page(args)
     if args.eval_every:
         show_table()
@@ -743,7 +636,7 @@ def build_parser():
         ("--student-view", ["teacher", "sampled"], "teacher", "whose token p_S is of"),
         ("--weight-norm", ["response", "none"], "response", "see dpsw.py"),
         ("--divergence", ["reverse", "forward", "jsd"], "reverse", "see dpsw.py"),
-        ("--beta", number(0, 1), 0.5, "of jsd"),
+        ("--beta", number(0.001, 0.999), 0.5, "of jsd, which is 0 at 0 and 1"),
         ("--dpsw-top-k", positive, 20, "K of the teacher's entropy"),
         # optimisation
         ("--steps", positive, 100, "in all"),
@@ -763,8 +656,8 @@ def build_parser():
         ("--save-every", natural, 50, "steps between checkpoints; 0: none"),
         ("--eval-every", natural, 1000, "steps between evaluations, beside those before and "
          "after; 0: none at all, and no preflight"),
-        ("--eval-lang", str, None, "further languages to judge (sw, where the data is our own)"),
-        ("--eval-limit", natural, 0, "the first N of each data, language and label; 0: all"),
+        ("--eval-lang", str, "", "further languages to judge"),
+        ("--eval-limit", positive, None, "the first N of each data, language and label"),
         ("--eval-max-new-tokens", natural, 0, "0: --max-new-tokens, at least 32"),
         ("--preflight", natural, 16, "training queries of each language and label to try first"))
     return parser

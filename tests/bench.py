@@ -401,7 +401,7 @@ def run_plan():
     student, teacher, tokenizer = msd.load_models(args, torch.device("meta"), dtype)
 
     own = {id(p) for p in student.parameters()}
-    trained = msd.list_trained(student)
+    trained = msd.list_masters(student)
     parts = {
         "weights": count_gb(student.parameters()),
         "float32 masters": count_gb(p for p in trained if id(p) not in own),
@@ -409,7 +409,7 @@ def run_plan():
         "AdamW's moments": 2 * count_gb(trained),
         "the teacher's own weights": count_gb(p for p in teacher.parameters() if id(p) not in own),
         "the teacher's float32 averages": count_gb(
-            msd.find_master(p) for p in teacher.parameters() if msd.find_master(p) is not p),
+            p.master for p in teacher.parameters() if getattr(p, "master", p) is not p),
     }
     phases = plan_phases(args, student, tokenizer, on_gpu)
     largest = max(phases, key=phases.get)

@@ -334,11 +334,11 @@ def check_masters():
         prompts = msd.write_student_prompts(args, TOKENIZER, batch)
         context = msd.write_teacher_prompts(args, teacher, TOKENIZER, template, batch)
         responses = responses or sample(student, prompts, max_new_tokens=16, stop_ids=[])
-        before = [p.detach().clone() for p in msd.list_trained(student)]
+        before = [p.detach().clone() for p in msd.list_masters(student)]
         optimizer = msd.make_optimizer(args, student)
         msd.learn(args, student, teacher, prompts, context, responses)
         optimizer.step()
-        after = msd.list_trained(student)
+        after = msd.list_masters(student)
         updates[dtype] = torch.cat([(q - p).flatten() for p, q in zip(before, after)]).detach()
     cosine = torch.cosine_similarity(*updates.values(), dim=0).item()
     tell("masters: cosine of the update with float32's", cosine >= 0.99, cosine=cosine)

@@ -2,7 +2,6 @@
 costs one line and nothing else (design.md §3). At the end, the README's commands."""
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -113,10 +112,9 @@ def are_equal(weights, others):
         torch.equal(weights[name], others[name]) for name in weights)
 
 
-def take_digest(folder):
-    """Of every file below a folder."""
-    return {path: hashlib.sha256(path.read_bytes()).hexdigest()
-            for path in folder.rglob("*") if path.is_file()}
+def read_files(folder):
+    """What every file below a folder holds."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 # --- what a run leaves ---
@@ -130,48 +128,27 @@ def test_a_run_leaves_an_ordinary_model_folder_with_a_card(train, folder):
     assert tokenizer.get_vocab() == original.get_vocab()
     assert model(torch.tensor([[5, 6]])).logits.isfinite().all()
     assert not are_equal(read_weights(out), read_weights(folder))
-    assert not [*out.glob("*.tmp"), *out.glob("*.bin"), *out.glob("saving")]
+    assert not [*out.glob("*.tmp"), *out.glob("*.bin")]
+    kept = json.loads((out / "args.json").read_text())
+    assert kept.keys() == {action.dest for action in list_flags(msd)} | {"prompts", "kept_out"}
     card = (out / "README.md").read_text()
-    for word in (str(folder), "q.csv", "Javanese", "not promise"):
+    for word in (str(folder), "q.csv", "jv", "not promise"):
         assert word in card
 
 
-def test_args_json_holds_every_flag(train):
-    kept = json.loads((train("o", "--policy", "off") / "args.json").read_text())
-    assert kept.keys() == {action.dest for action in list_flags(msd)} | {"prompts", "kept_out"}
-    assert kept["policy"] == "off"
-
-
-def test_metrics_are_a_line_a_step_with_the_keys_that_are_promised(train):
-    rows = read_log(train("o", steps=3))
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    for row in rows:
-        assert set(KEYS) | {"skipped"} == row.keys()
-        assert row["loss"] > 0 and row["grad_norm"] > 0 and 0.1 < row["peak_mem_gb"] < 100
-        speed = row["response_tokens"] / row["seconds"]
-        assert row["tokens_per_s"] == pytest.approx(speed, rel=1e-4)
-
-
-def test_the_learning_rate_that_is_told_is_the_one_that_is_used(train, monkeypatch):
-    used = []
-    monkeypatch.setattr(torch.optim.AdamW, "step",
-                        lambda self: used.append(self.param_groups[0]["lr"]))
-    rows = read_log(train("o", "--warmup", 3, "--lr", 0.08, steps=6))
-    assert used == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08, 0.08])
-    assert used == [row["lr"] for row in rows]
-
-
-def test_every_group_of_an_optimizer_of_ones_own_has_the_rate(train, monkeypatch):
+def test_the_learning_rate_that_is_told_is_that_of_every_group_of_any_optimizer(
+        train, monkeypatch):
     used = []
 
     def make(args, student):
-        first, *others = msd.list_trained(student)
+        first, *others = msd.list_masters(student)
         return torch.optim.SGD([{"params": [first]}, {"params": others, "lr": 9}], lr=1)
     monkeypatch.setattr(msd, "make_optimizer", make)
     monkeypatch.setattr(torch.optim.SGD, "step", lambda self: used.append(
         [group["lr"] for group in self.param_groups]))
-    rows = read_log(train("o", "--warmup", 1, "--lr", 0.08))
+    rows = read_log(train("o", "--warmup", 3, "--lr", 0.08, steps=5))
     assert used == [[row["lr"]] * 2 for row in rows]
+    assert [lr for lr, _ in used] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08])
 
 
 def test_gradients_are_clipped_and_the_norm_that_is_told_is_theirs_before(train, monkeypatch):
@@ -191,6 +168,7 @@ def test_loss_and_means_follow_from_the_token_lists_of_a_step_of_two(train, flag
     out = train("o", "--max-new-tokens", 7, *flags, steps=4)
     shown = read_log(out, "samples.jsonl")
     for row, first, last in zip(read_log(out), shown[::2], shown[1::2], strict=True):
+        assert row.keys() == {*KEYS, "skipped"} and 0.1 < row["peak_mem_gb"] < 100
         lists = torch.tensor([first[name] + last[name] for name in LISTS])
         divergence, w_teacher, w_student = lists
         weight = w_teacher * w_student
@@ -238,11 +216,9 @@ def test_a_response_is_truncated_where_no_stop_ends_it(train, monkeypatch):
     assert row["response_tokens"] == 4 and row["response_len"] == pytest.approx(4 / 3, rel=1e-4)
 
 
-@pytest.mark.parametrize("text", [
-    "</script><img src=x onerror=alert(1)><!-- <script> &lt;/script&gt;",
-    "1\u20282\x853\x0c4\r\n5"])
 def test_the_page_holds_both_logs_of_all_steps_and_a_response_is_data_in_it(
-        train, folder, monkeypatch, text):
+        train, folder, monkeypatch):
+    text = "</script><img src=x onerror=alert(1)><!-- <script> 1\u20282\x853\x0c4\r\n5"
     ids = AutoTokenizer.from_pretrained(folder)(text, add_special_tokens=False).input_ids
     script_responses(monkeypatch, [ids] * 2)
     train("o", steps=1)
@@ -250,7 +226,7 @@ def test_the_page_holds_both_logs_of_all_steps_and_a_response_is_data_in_it(
     page = (out / "page.html").read_text(encoding="utf-8")
     start = page.index("{", page.index("DATA = "))
     data, end = json.JSONDecoder().raw_decode(page, start)
-    assert not set("<>&") & set(page[start:end])
+    assert "<" not in page[start:end]
     assert data["metrics"] == read_log(out)
     assert data["rows"] == read_log(out, "samples.jsonl")
     assert [row["response"] for row in data["rows"]] == [text] * 4
@@ -291,47 +267,49 @@ def spy_learn(monkeypatch, bad=(), what="gradient"):
     return calls
 
 
+def spy_sample(monkeypatch):
+    """What sample is called with, its seed first, and what it gives."""
+    calls = []
+
+    def record(model, prompts, **options):
+        responses = sample_program.sample(model, prompts, **options)
+        calls.append((options["generator"].initial_seed(), options, model, prompts, responses))
+        return responses
+    monkeypatch.setattr(msd, "sample", record)
+    return calls
+
+
 @pytest.mark.parametrize("policy", ["on", "off"])
 def test_responses_are_sampled_by_the_policys_model_and_learned_as_they_are(
         train, monkeypatch, policy):
     learned = spy_learn(monkeypatch)
-    sampled = []
-
-    def record(model, prompts, **options):
-        responses = sample_program.sample(model, prompts, **options)
-        sampled.append((model, prompts, responses))
-        return responses
-    monkeypatch.setattr(msd, "sample", record)
+    sampled = spy_sample(monkeypatch)
     train("o", "--policy", policy)
-    for call, drawn in zip(learned, sampled, strict=True):
+    for call, (_, _, *drawn) in zip(learned, sampled, strict=True):
         student, teacher, student_prompts, teacher_prompts, responses = call[:5]
         assert student is not teacher and student_prompts != teacher_prompts and any(responses)
         if policy == "on":
-            assert drawn == (student, student_prompts, responses)
+            assert drawn == [student, student_prompts, responses]
         else:
-            assert drawn == (teacher, teacher_prompts, responses)
+            assert drawn == [teacher, teacher_prompts, responses]
 
 
 def test_the_sampler_gets_its_flags_and_noise_of_its_own_for_each_seed_and_step(
         train, monkeypatch):
+    calls = spy_sample(monkeypatch)
     want = {"temperature": 0.7, "top_k": 3, "top_p": 0.5, "max_new_tokens": 5, "vocab_size": 4096}
-    seeds = set()
-
-    def record(model, prompts, **options):
-        assert want.items() <= options.items() and 4095 in options["stop_ids"]
-        seeds.add(options["generator"].initial_seed())
-        return sample_program.sample(model, prompts, **options)
-    monkeypatch.setattr(msd, "sample", record)
     flags = ["--temperature", 0.7, "--top-k", 3, "--top-p", 0.5, "--max-new-tokens", 5]
     for seed in (0, 1):
         train(f"o{seed}", *flags, "--seed", seed)
-    assert len(seeds) == 4
+    for _, options, *_ in calls:
+        assert want.items() <= options.items() and 4095 in options["stop_ids"]
+    assert len({seed for seed, *_ in calls}) == 4
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_an_ema_teacher_follows_after_every_step(train, monkeypatch, rank):
+
+def test_an_ema_teacher_follows_after_every_step(train, monkeypatch):
     calls = spy_learn(monkeypatch)
-    train("o", "--teacher", "ema", "--ema-decay", 0.75, "--lora-rank", rank, steps=4)
+    train("o", "--teacher", "ema", "--ema-decay", 0.75, steps=4)
     for (*_, before), (*_, student, after) in zip(calls, calls[1:]):
         assert not all(map(torch.equal, before, after))
         for old, new, mean in zip(before, student, after):
@@ -346,19 +324,6 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, wh
     for weights in zip(*[call[-2:] for call in calls]):  # of the student, of the teacher
         moved = [not torch.equal(old[0], new[0]) for old, new in zip(weights, weights[1:])]
         assert moved == [True, False, True, False]
-
-
-def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_weights(
-        train, fail, monkeypatch):
-    last = 2 + msd.MAX_BAD_STEPS
-    with monkeypatch.context() as patch:
-        calls = spy_learn(patch, range(3, 99))
-        line = fail("o", steps=20)
-    assert f"{msd.MAX_BAD_STEPS} steps in a row" in line
-    assert line.endswith(f"--resume --steps {last}") and len(calls) == last
-    out = train("o", "--resume", steps=last)  # nothing is left to do but save
-    *_, good, _ = calls[2]  # as two steps left them
-    assert all(map(torch.equal, good, AutoModelForCausalLM.from_pretrained(out).parameters()))
 
 
 @pytest.mark.parametrize("norm", ["response", "none"])
@@ -390,16 +355,15 @@ def test_held_out_queries_are_judged_and_the_others_trained_on(train):
     judged = {item["id"] for item in read_table(out, "after-8.json")[1]}
     assert judged and judged.isdisjoint(list_ids(out))
     assert judged | list_ids(out) == {str(n) for n in range(1, 13)}
-    assert {item["id"] for item in read_table(out, "before.json")[1]} == judged
+    assert {item["id"] for item in read_table(out, "after-0.json")[1]} == judged
 
 
 @pytest.mark.parametrize("judged", [[], JUDGED], ids=["not judged", "judged"])
 def test_eval_data_is_judged_and_never_trained_on_even_where_it_overlaps(
-        train, tmp_path, capsys, judged):
+        train, tmp_path, judged):
     extra = write_queries(tmp_path / "extra.csv", [QUERIES[0], QUERIES[1], QUERIES[7]])
     out = train("o", *judged, "--eval-limit", 1, "--eval-data", extra, steps=8)
     assert list_ids(out) == {"3", "4", "5", "6", "7", "9", "10", "11", "12"}
-    assert "3 queries are in --eval-data as well" in capsys.readouterr().err
     if judged:
         rows, _ = read_table(out, "after-8.json")
         assert {(row["label"], row["n"]) for row in rows} == {("harmful", 1), ("benign", 1)}
@@ -414,10 +378,9 @@ def test_eval_data_without_english_is_not_trained_on_either(train, tmp_path):
 def test_eval_data_need_not_have_every_language(train, tmp_path, capsys):
     extra = tmp_path / "en.csv"
     extra.write_text("label,en\nharmful,Take it?\n")
-    rows, _ = read_table(train("o", *JUDGED, "--eval-data", extra), "before.json")
+    rows, _ = read_table(train("o", *JUDGED, "--eval-data", extra), "after-0.json")
     assert [row["lang"] for row in rows] == ["en"]
     assert "no column for language jv" in capsys.readouterr().err
-    train("o", *JUDGED, "--resume", steps=3)
 
 
 def test_a_resumed_run_does_not_judge_by_what_it_was_trained_on(train, fail, tmp_path):
@@ -464,11 +427,6 @@ def test_several_files_and_languages_are_trained_on_together(train, tmp_path):
     assert len(prompts) == 7  # six of the one file, one of the other
 
 
-def test_a_file_is_read_once_and_told_once(train, capfd):
-    train("o", *JUDGED, "--holdout", 0.3)
-    assert capfd.readouterr().err.count("rows read") == 1
-
-
 # --- what is told before and after ---
 
 def script_answers(monkeypatch, student="sepedhah|kendhang", teacher="sepedhah|kursi|prau"):
@@ -503,26 +461,19 @@ def test_the_preflight_counts_refusals_and_flips_of_each_label(
     train("o", *JUDGED, "--preflight", 9)
     told = capsys.readouterr()
     assert read_preflight(told.out) == {"harmful": [6, 2, 3, 2], "benign": [6, 2, 3, 2]}
-    assert "warning: the teacher refuses benign queries" in told.err
+    assert "warning: in jv the teacher judges benign queries worse" in told.err
     data = write_queries(tmp_path / "plain.csv", label=False)
     train("p", *JUDGED, "--preflight", 99, "--label", "mixed", data=data)
     assert read_preflight(capsys.readouterr().out) == {"mixed": [12, 4, 6, 4]}
 
 
 def test_a_teacher_that_refuses_fewer_harmful_queries_is_warned_of(train, monkeypatch, capsys):
-    words = "the teacher refuses fewer harmful"
+    words = "the teacher judges harmful queries worse"
     train("o", *JUDGED, "--preflight", 9)
     assert words not in capsys.readouterr().err
     script_answers(monkeypatch, student="kursi|prau", teacher="kursi")
     train("p", *JUDGED, "--preflight", 9)
     assert f"warning: in jv {words}" in capsys.readouterr().err
-
-
-def test_a_query_that_leaves_little_room_is_asked_for_less_in_the_preflight(
-        train, tmp_path, capsys):
-    data = write_queries(tmp_path / "long.csv", [("harmful", "short", "dawa " * 150), *QUERIES[:1]])
-    train("o", *JUDGED, "--preflight", 9, "--eval-max-new-tokens", 400, data=data)
-    assert "preflight jv: of 2 harmful" in capsys.readouterr().out
 
 
 def test_the_preflight_asks_a_sample_that_the_seed_chooses_and_both_sides_the_same(
@@ -551,30 +502,20 @@ def test_a_language_without_refusal_phrases_has_no_preflight_and_a_warning(
     assert "warning: no refusal phrases for hi: no preflight in it" in told.err
 
 
-def test_where_both_see_the_same_there_is_nothing_to_learn_and_a_warning(train, tmp_path, capsys):
-    (tmp_path / "same.txt").write_text("{query}")
-    out = train("o", "--teacher-prompt", tmp_path / "same.txt", steps=1)
-    assert read_log(out)[0]["divergence"] == 0
-    assert "warning: student and teacher see the same" in capsys.readouterr().err
-    train("p", "--teacher-prompt", tmp_path / "same.txt", "--cot-tokens", 2, steps=1)
-    train("q", steps=1)
-    assert "warning" not in capsys.readouterr().err
-
-
 def test_without_eval_every_nothing_is_asked_and_nothing_judged(train, monkeypatch):
     asked = script_answers(monkeypatch)
     out = train("o", "--preflight", 5, "--holdout", 0.4)  # QUICK has --eval-every 0
-    assert not asked and not [*out.glob("before*"), *out.glob("after*")]
+    assert not asked and not [*out.glob("after*")]
 
 
 def test_tables_come_before_between_and_after(train, capsys):
     out = train("o", *JUDGED, "--holdout", 0.4, "--eval-every", 2, "--eval-lang", "en", steps=5)
-    names = {path.name for path in out.glob("*.json") if re.match("before|after", path.name)}
-    assert names == {"before.json", "after-2.json", "after-4.json", "after-5.json"}
+    names = {path.name for path in out.glob("after-*")}
+    assert names == {"after-0.json", "after-2.json", "after-4.json", "after-5.json"}
     for name in names:
         rows, _ = read_table(out, name)
         assert {(row["lang"], row["seen"]) for row in rows} == {("jv", True), ("en", False)}
-    assert capsys.readouterr().out.count("held-out queries before") == 3
+    assert capsys.readouterr().out.count("held-out queries after") == 4
 
 
 def test_the_preflight_and_the_tables_ask_with_the_system_turn_too(train, monkeypatch):
@@ -593,7 +534,7 @@ def test_from_another_folder_it_trains_its_own_model_on_its_own_queries(
     assert n == 8 and student <= 2 and teacher >= 6 and flips >= 5  # there is much to learn
     assert found["benign"][2] <= 2
     rows, _ = read_table(tmp_path / "out" / "jv", "after-1.json")
-    assert {row["lang"] for row in rows} == {"jv", "en", "sw"}
+    assert {row["lang"] for row in rows} == {"jv", "en"}
 
 
 # --- a run goes on ---
@@ -617,9 +558,9 @@ def test_a_resumed_run_is_a_straight_one_bit_for_bit(train, flags):
     flags = [*flags, "--batch-size", 3, "--warmup", 3]
     straight = train("straight", *flags, steps=4)
     out = train("o", *flags, "--save-every", 1, steps=2)
-    for name in msd.LOGS:  # what a kill after the checkpoint leaves
-        with open(out / name, "a", encoding="utf-8") as file:
-            file.write('{"step": 3, "loss": 0.1}\n{"step": 4, "lo')
+    (out / "samples.jsonl").unlink()
+    with open(out / "metrics.jsonl", "a", encoding="utf-8") as file:  # as a kill leaves it
+        file.write('{"step": 3, "loss": 0.1}\n{"step": 4, "lo')
     check_same_run(train("o", *flags, "--resume", steps=4), straight)
 
 
@@ -661,20 +602,11 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_as_if_it_were_not(
     check_same_run(train("o", "--resume", steps=steps), train("straight", steps=steps))
 
 
-@pytest.mark.parametrize("nth", [0, 4])  # in the preflight, in the first table
-def test_after_ctrl_c_before_the_first_step_the_same_command_can_be_given_again(
-        train, fail, monkeypatch, nth):
-    flags = [*JUDGED, "--preflight", 2, "--holdout", 0.4]
-    left = list(range(nth))
-    answer = msd.evaluation.answer
-
-    def interrupt(*args):
-        if not left:
-            raise KeyboardInterrupt
-        left.pop()
-        return answer(*args)
+def test_after_ctrl_c_before_the_first_checkpoint_the_same_command_can_be_given_again(
+        train, fail, monkeypatch):
+    flags = [*JUDGED, "--holdout", 0.4, "--save-every", 1]
     with monkeypatch.context() as patch:
-        patch.setattr(msd.evaluation, "answer", interrupt)
+        patch.setattr(msd, "save_checkpoint", lambda *args: signal.raise_signal(signal.SIGINT))
         fail("o", *flags, code=130)
     assert len(read_log(train("o", *flags))) == 2
 
@@ -685,24 +617,19 @@ def test_resume_may_change_what_leaves_the_training_alone(train):
     out = train("o", "--resume", *JUDGED, "--save-every", 3, "--preflight", 1, "--eval-limit", 1,
                 "--eval-lang", "en", "--device", "cpu", steps=4)
     check_same_run(out, straight)
+    assert [path.name for path in out.glob("after-*")] == ["after-4.json"]  # without a base
 
 
 def test_a_resumed_run_does_not_unsay_steps_that_are_done(train, fail):
     out = train("o")
-    before = take_digest(out)
+    before = read_files(out)
     assert "2 are done" in fail("o", "--resume", steps=1)
-    assert take_digest(out) == before
+    assert read_files(out) == before
 
 
 def test_a_file_that_is_named_twice_is_one_line(fail, tmp_path):
     again = os.path.relpath(tmp_path / "q.csv")
     assert "--data names a file twice" in fail("o", "--data", again)
-
-
-def test_a_run_that_turns_its_tables_on_later_has_no_trained_model_as_its_base(train):
-    train("o", "--holdout", 0.4)
-    out = train("o", "--resume", *JUDGED, "--holdout", 0.4, steps=3)
-    assert (out / "after-3.json").exists() and not (out / "before.json").exists()
 
 
 def list_flags(program):
@@ -730,13 +657,13 @@ def change(action, tmp_path):
 def test_resume_refuses_any_other_change_in_one_line(train, fail, monkeypatch, tmp_path):
     write_queries(tmp_path / "p.csv")
     out = train("o")
-    before = take_digest(out)
+    before = read_files(out)
     monkeypatch.setattr(msd, "load_models", lambda *args: 1 / 0)  # before anything slow is done
     for action in list_flags(msd):
         if action.dest not in MAY_CHANGE and not action.dest.startswith("eval_"):
             line = fail("o", "--resume", *change(action, tmp_path))
             assert action.option_strings[0] in line
-    assert take_digest(out) == before
+    assert read_files(out) == before
 
 
 def test_a_run_that_moved_or_is_named_another_way_goes_on(train, folder, tmp_path, monkeypatch):
@@ -747,20 +674,11 @@ def test_a_run_that_moved_or_is_named_another_way_goes_on(train, folder, tmp_pat
     def go_on(path, out, steps, *flags):
         train("", "--model", f"{path}m/", "--out", out, *flags, data=f"{path}q.csv", steps=steps)
     go_on("", "o", 1)
-    go_on(f"{tmp_path}/", f"{tmp_path}/o", 2, "--resume")
-    go_on("link/./", "./link/o/", 3, "--resume")
+    go_on("link/./", f"{tmp_path}/o/", 2, "--resume")
     shutil.move("o", "p")
     monkeypatch.chdir("p")
-    go_on("../", ".", 4, "--resume")
-    check_same_run(tmp_path / "p", train("straight", steps=4))
-
-
-def test_a_file_a_language_named_another_way_goes_on(train, tmp_path, monkeypatch):
-    for lang, at in (("en", 1), ("jv", 2)):
-        (tmp_path / lang).write_text("\n".join(query[at] for query in QUERIES))
-    monkeypatch.chdir(tmp_path)
-    train("o", steps=1, data="en=en,jv=jv")
-    train("o", "--resume", data=f"en={tmp_path}/en,jv=./jv")
+    go_on("../", ".", 3, "--resume")
+    check_same_run(tmp_path / "p", train("straight", steps=3))
 
 
 def test_a_date_in_the_template_does_not_change_unsaid_in_a_resumed_run(
@@ -775,15 +693,15 @@ def test_a_date_in_the_template_does_not_change_unsaid_in_a_resumed_run(
         assert told == (day == 6)
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "args.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "args.json"])
 @pytest.mark.parametrize("damage", [Path.unlink, lambda file: os.truncate(file, 40)],
                          ids=["gone", "cut short"])
 def test_a_run_whose_files_are_gone_or_cut_short_is_one_line(train, fail, name, damage):
     out = train("o")
     damage(out / name)
-    before = take_digest(out)
+    before = read_files(out)
     assert str(out) in fail("o", "--resume", steps=3)
-    assert take_digest(out) == before
+    assert read_files(out) == before
 
 
 @contextlib.contextmanager
@@ -808,8 +726,8 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(train, fail)
     train("o", "--resume")
 
 
-@pytest.mark.parametrize("size, says", [  # a log, the tokenizer's file, the weights
-    (1 << 12, ".jsonl: OSError"), (1 << 17, "cannot save in"), (1 << 18, "cannot save in")])
+@pytest.mark.parametrize("size, says", [  # a log, the tokenizer's file
+    (1 << 12, ".jsonl: OSError"), (1 << 17, "cannot save in")])
 def test_a_disk_that_fills_up_is_one_line(fail, size, says):
     with limit_files(size):
         assert says in fail("o", "--save-every", 0, steps=9)
@@ -817,32 +735,16 @@ def test_a_disk_that_fills_up_is_one_line(fail, size, says):
 
 # --- --out ---
 
-def test_a_run_in_use_is_not_written_over(train, fail, monkeypatch):
-    out = train("o")
-    before = take_digest(out)
-    monkeypatch.setattr(msd, "load_models", lambda *args: 1 / 0)  # before anything slow is done
-    line = fail("o")
-    assert "in use" in line and "--resume" in line and "--overwrite" in line
-    assert take_digest(out) == before
-
-
-def test_overwrite_leaves_what_lies_deeper_than_a_run(train):
-    out = train("o", "--save-every", 1)
+def test_overwrite_leaves_what_lies_deeper_and_nothing_else_also_behind_a_link(train, tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "o").symlink_to(tmp_path / "big")
+    out = train("o", "--lora-rank", 2)
     (out / "merged").mkdir()
     (out / "merged" / "notes.txt").write_text("no run's")
-    train("o", "--overwrite", "--save-every", 0, steps=1)
-    assert len(read_log(out)) == 1 and not (out / "checkpoint.pt").exists()
+    train("o", "--overwrite", "--save-every", 0, steps=3)
+    assert len(read_log(out)) == 3 and out.is_symlink()
+    assert not (out / "checkpoint.pt").exists() and not (out / "adapter_config.json").exists()
     assert (out / "merged" / "notes.txt").read_text() == "no run's"
-
-
-def test_a_run_that_was_stopped_before_its_first_checkpoint_begins_again(train):
-    out = train("o", *JUDGED, "--holdout", 0.4)
-    for kept in (("args.json", "before.json", "metrics.jsonl", "samples.jsonl"), ()):
-        for path in out.iterdir():
-            if path.name not in kept:
-                path.unlink()
-        (out / "args.json.tmp").write_text("{")
-        assert len(read_log(train("o"))) == 2
 
 
 def test_what_is_to_be_read_is_not_overwritten(train, folder, fail):
@@ -850,24 +752,23 @@ def test_what_is_to_be_read_is_not_overwritten(train, folder, fail):
     shutil.copytree(folder, out / "m")
     data = write_queries(out / "q.csv")
     (out / "t.txt").write_text("{query} {query_en}")
-    before = take_digest(out)
+    before = read_files(out)
     for flags in (["--model", out / "m"], ["--data", data], ["--eval-data", f"jv={data}"],
                   ["--teacher-prompt", out / "t.txt"]):
         assert "is to be read" in fail("o", "--overwrite", *flags)
-    assert take_digest(out) == before
+    assert read_files(out) == before
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]], ids=str)
 @pytest.mark.parametrize("name, text", [
-    ("deep/notes.txt", "mine"), ("notes.tmp", "mine"), ("model.safetensors", "weights"), ("args.json", '{"lr": 1}'),
-    ("metrics.jsonl", '{"step": 1}\n')])
+    ("deep/notes.txt", "mine"), ("args.json", '{"lr": 1}'), ("metrics.jsonl", '{"step": 1}\n')])
 def test_a_folder_that_is_no_run_is_never_deleted(fail, tmp_path, name, text, flags):
     file = tmp_path / "o" / name
     file.parent.mkdir(parents=True)
     file.write_text(text)
-    before = take_digest(tmp_path / "o")
+    before = read_files(tmp_path / "o")
     fail("o", *flags)
-    assert take_digest(tmp_path / "o") == before
+    assert read_files(tmp_path / "o") == before
 
 
 @pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]], ids=str)
@@ -881,14 +782,13 @@ def test_an_out_that_is_a_file_or_cannot_be_written_is_one_line(fail, tmp_path, 
 # --- mistakes ---
 
 MISTAKES = [
-    "--stepz 3", "--step 3", "--steps 0", "--steps x", "--steps 1.5", "--micro-batch-size 0",
-    "--lr 0", "--lr nan", "--lr inf", "--temperature -1", "--top-p 0", "--top-p 1.5", "--top-k -1",
-    "--policy both", "--holdout 1.5", "--benign-fraction 2", "--ema-decay 2", "--cot-tokens -1",
-    "--dpsw-top-k 0", "--seed -1", "--eval-every x", "--grad-checkpoint=yes", "--resume=yes",
-    "--max-grad-norm 0", "--dtype float8", "--device abacus", "--device cuda:99", "--lang xx",
-    "--lang ,", "--lang= ", "--source-lang xx", "--source-lang=", "--label qa",
-    "--teacher-prompt nobody", "--teacher-prompt /", "--model /nowhere", "--data /nowhere.csv",
-    "--eval-data /nowhere.csv", "--resume", "--divergence jsd --beta 0", "--beta 2", "more"]
+    "--step 3", "--steps 0", "--steps x", "--steps 1.5", "--micro-batch-size 0", "--lr 0",
+    "--lr nan", "--lr inf", "--temperature -1", "--top-p 0", "--top-p 1.5", "--top-k -1",
+    "--policy both", "--holdout 1.5", "--benign-fraction 2", "--dpsw-top-k 0", "--seed -1",
+    "--resume=yes", "--dtype float8", "--device abacus", "--device cuda:99", "--lang xx",
+    "--lang ,", "--source-lang xx", "--source-lang=", "--label qa", "--teacher-prompt nobody",
+    "--teacher-prompt /", "--teacher-prompt LICENSE", "--model /nowhere", "--data /nowhere.csv",
+    "--eval-data /nowhere.csv", "--resume", "--beta 0", "--beta 1", "--system \udcff", "more"]
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
@@ -899,53 +799,24 @@ def test_a_mistake_is_one_line_and_nothing_is_left_behind(fail, tmp_path, flags)
     assert not (tmp_path / "o").exists()
 
 
-def test_jsd_at_its_ends_points_to_the_divergences_that_are_meant(train, fail):
-    line = fail("o", "--divergence", "jsd", "--beta", 1)
-    assert "forward" in line and "reverse" in line
-    train("o", "--divergence", "reverse", "--beta", 1)  # of which beta is no part
-
-
-def test_a_teacher_prompt_without_a_query_is_one_line(fail, tmp_path):
-    (tmp_path / "prompt.txt").write_text("Judge whether this is safe.")
-    line = fail("o", "--teacher-prompt", tmp_path / "prompt.txt")
-    assert "--teacher-prompt" in line and "{query" in line
-
-
-@pytest.mark.parametrize("name, flags, meant", [
-    ("OpenAIGPT", [], "--no-grad-checkpoint"), ("Mamba", ["--lora-rank", 2], "--lora-rank")])
-def test_what_a_model_cannot_do_is_one_line_that_names_the_flag(
-        fail, folder, tmp_path, name, flags, meant):
+def test_layers_that_take_no_adapter_are_one_line(fail, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "m")
-    build_model(name, vocab_size=4096).save_pretrained(tmp_path / "m")
-    assert meant in fail("o", "--model", tmp_path / "m", *flags)
-
-
-def test_overwrite_leaves_nothing_of_the_run_before_also_behind_a_link(train, tmp_path):
-    (tmp_path / "big").mkdir()
-    (tmp_path / "o").symlink_to(tmp_path / "big")
-    train("o", "--lora-rank", 2)
-    out = train("o", "--overwrite", steps=3)
-    assert len(read_log(out)) == 3 and out.is_symlink()
-    assert not (out / "adapter_config.json").exists() and (out / "model.safetensors").exists()
-
-
-def test_text_that_is_not_utf_8_is_one_line(capsys):
-    for program in (msd, sample_program, eval_program):
-        with pytest.raises(SystemExit) as stop:
-            run("--system", "a\udcff", "--model", TINY, program=program)
-        assert stop.value.code == 2 and "error: argument --system" in capsys.readouterr().err
+    build_model("Mamba", vocab_size=4096).save_pretrained(tmp_path / "m")
+    assert "--lora-rank" in fail("o", "--model", tmp_path / "m", "--lora-rank", 2)
 
 
 def test_an_adapter_is_no_model_to_train(train, fail):
     assert "adapter" in fail("o", "--model", train("adapter", "--lora-rank", 2))
 
 
-def test_a_mistake_leaves_the_run_before_it_as_it_was(train, fail):
+def test_a_run_in_use_is_not_written_over_nor_by_a_mistake(train, fail):
     out = train("o")
-    before = take_digest(out)
+    before = read_files(out)
+    line = fail("o")
+    assert "in use" in line and "--resume" in line and "--overwrite" in line
     for flags in (["--steps", 0], ["--data", "/nowhere.csv"], ["--model", out, "--lora-rank", 2]):
         fail("o", "--overwrite", *flags)
-    assert take_digest(out) == before
+    assert read_files(out) == before
 
 
 # --- several processes ---
