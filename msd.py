@@ -65,6 +65,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
     vocab_size = find_vocab_size(tokenizer)
     for step in (bar := tqdm(range(start, args.steps), "msd", args.steps, initial=start)):
         began = time.perf_counter()
+        reset_peak(student.device)
 
         # 1. queries, each under two contexts: the student's and the teacher's
         batch = pick_batch(args, pools, step)[rank::world]  # a process's share
@@ -524,8 +525,14 @@ def write_page(args):
     evaluation.write(Path(args.out, "page.html"), page)
 
 
+def reset_peak(device):
+    """Begin a new peak, where the device keeps one."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device):
-    """GB (1e9 bytes) at the run's peak: of the GPU's allocations, else of this process."""
+    """GB (1e9 bytes) at the peak: of the GPU's allocations, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
