@@ -558,6 +558,10 @@ def main(args):
     langs = evaluation.split_langs(args.lang)
     if not (langs and args.source_lang.strip()):
         raise UserError("--lang or --source-lang names no language")
+    if args.divergence == "jsd" and args.beta in (0, 1):
+        raise UserError("--divergence jsd is 0 at --beta 0 and 1: take forward or reverse")
+    if args.eval_lang is None:
+        args.eval_lang = "" if args.data or args.eval_data else "sw"
     args.data = args.data or [str(HERE / "data/queries.csv")]
     args.out = args.out or f"out/{'-'.join(langs)}"
     args.eval_max_new_tokens = args.eval_max_new_tokens or max(32, args.max_new_tokens)
@@ -643,7 +647,7 @@ def build_parser():
         ("--student-view", ["teacher", "sampled"], "teacher", "whose token p_S is of"),
         ("--weight-norm", ["response", "none"], "response", "see dpsw.py"),
         ("--divergence", ["reverse", "forward", "jsd"], "reverse", "see dpsw.py"),
-        ("--beta", number(0.001, 0.999), 0.5, "of jsd, which is 0 at 0 and 1"),
+        ("--beta", number(0, 1), 0.5, "of jsd"),
         ("--dpsw-top-k", positive, 20, "K of the teacher's entropy"),
         # optimisation
         ("--steps", positive, 100, "in all"),
@@ -663,8 +667,8 @@ def build_parser():
         ("--save-every", natural, 50, "steps between checkpoints; 0: none"),
         ("--eval-every", natural, 1000, "steps between evaluations, beside those before and "
          "after; 0: none at all, and no preflight"),
-        ("--eval-lang", str, "", "further languages to judge"),
-        ("--eval-limit", positive, None, "the first N of each data, language and label"),
+        ("--eval-lang", str, None, "further languages to judge (sw, where the data is our own)"),
+        ("--eval-limit", natural, 0, "the first N of each data, language and label; 0: all"),
         ("--eval-max-new-tokens", natural, 0, "0: --max-new-tokens, at least 32"),
         ("--preflight", natural, 16, "training queries of each language and label to try first"))
     return parser
