@@ -325,8 +325,12 @@ def read_data(args, langs):
     for path in args.data:
         with told_in_a_line("--data"):
             queries = load_queries(path, [args.source_lang, *langs], args.label)
-        training += [query for query in split(queries, args.holdout)[0]
-                     if kept_out.isdisjoint(list_texts([query]))]
+        part = split(queries, args.holdout)[0]
+        kept = [query for query in part if kept_out.isdisjoint(list_texts([query]))]
+        if len(kept) < len(part):
+            tell(f"note: {path}: {len(part) - len(kept)} queries are in --eval-data as well, and "
+                 "not trained on")
+        training += kept
 
     judged = read(args.eval_data, holdout=1, limit=args.eval_limit)
     if not list_texts(training).isdisjoint(list_texts(pool(judged))):
