@@ -22,6 +22,7 @@ import json
 import math
 import os
 import random
+import re
 import sys
 import time
 import zlib
@@ -49,6 +50,7 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
+MAX_BAD_STEPS = 5  # in a row, of a loss or gradient that is not finite
 # what --resume may change, beside flags that begin with eval_
 MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite"}
 LOGS = ("metrics.jsonl", "samples.jsonl")
@@ -58,11 +60,12 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 
 def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
     """The algorithm box. pools: the queries to learn from, see pick_batch. Yields after each step
-    how many are done."""
+    (steps done, steps in a row that were not finite)."""
     generator = torch.Generator(student.device)
     rank, world = find_process()
     stop_ids = find_stop_ids(student, tokenizer)
     vocab_size = find_vocab_size(tokenizer)
+    bad = 0
     for step in (bar := tqdm(range(start, args.steps), "msd", args.steps, initial=start)):
         began = time.perf_counter()
         reset_peak(student.device)
@@ -87,8 +90,9 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         weights = list_masters(student)
         grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
         lr = args.lr * min(1, (step + 1) / (args.warmup + 1))
+        bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
         means = summarise(scores, responses, stop_ids)
-        skipped = not (means["response_tokens"] and math.isfinite(loss + grad_norm))
+        skipped = bad > 0 or not means["response_tokens"]
         if not skipped:
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -103,15 +107,15 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
                **means, "peak_mem_gb": max(gather(peak_memory(student.device))),
                "seconds": time.perf_counter() - began}
         row["tokens_per_s"] = row["response_tokens"] / row["seconds"]
-        told = gather([
-            describe(tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
-                     responses[i], scores[i]) for i in (0, -1)])
+        told = [describe(tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
+                         responses[i], scores[i]) for i in sorted({0, len(batch) - 1})]
+        told = sum(gather(told), [])
         if rank == 0:
             append_line(args, "metrics.jsonl", row)
-            append_line(args, "samples.jsonl", told[0][0])
-            append_line(args, "samples.jsonl", told[-1][-1])
+            for line in told[:1] + told[1:][-1:]:
+                append_line(args, "samples.jsonl", line)
         bar.set_postfix_str(f"loss {loss:.4f}, {row['response_len']:.0f} tokens a response")
-        yield step + 1
+        yield step + 1, bad
 
 
 def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
@@ -264,9 +268,11 @@ def load_models(args, device, dtype):
     if hasattr(model, "peft_config"):
         raise UserError(f"--model {args.model} is an adapter: train its base with --lora-rank, or "
                         "merge the two first: README.md has the line")
+    if Path(args.model, "args.json").is_file():
+        tell(f"note: {args.model} was trained before: what it saw then is not marked in the tables")
     student = model.requires_grad_(not args.lora_rank)
-    teacher = model  # live: adapters are put into it, too
-    if args.teacher == "frozen":
+    teacher = None
+    if args.teacher == "frozen":  # as it is before adapters are added
         teacher = copy_model(model).requires_grad_(False)
     if args.lora_rank:
         peft = need("peft", "train with --lora-rank")
@@ -281,7 +287,7 @@ def load_models(args, device, dtype):
     add_masters(student)
     if args.grad_checkpoint:
         enable_grad_checkpoint(student)
-    return student, teacher, tokenizer
+    return student, teacher or student, tokenizer
 
 
 def copy_model(model):
@@ -323,8 +329,10 @@ def read_data(args, langs):
     kept_out = list_texts(pool(read(args.kept_out, holdout=1)))
     training = []
     for path in args.data:
-        with told_in_a_line("--data"):
+        try:
             queries = load_queries(path, [args.source_lang, *langs], args.label)
+        except ValueError as e:
+            raise UserError(e) from None
         part = split(queries, args.holdout)[0]
         kept = [query for query in part if kept_out.isdisjoint(list_texts([query]))]
         if len(kept) < len(part):
@@ -332,12 +340,13 @@ def read_data(args, langs):
                  "not trained on")
         training += kept
 
-    judged = read(args.eval_data, holdout=1, limit=args.eval_limit)
+    limit = args.eval_limit or None
+    judged = read(args.eval_data, holdout=1, limit=limit)
     if not list_texts(training).isdisjoint(list_texts(pool(judged))):
         raise UserError("--eval-data holds queries that this run was trained on: give it from the "
                         "start, or measure by eval.py")
     if args.eval_every:
-        judged += read(args.data, label=args.label, holdout=args.holdout, limit=args.eval_limit)
+        judged += read(args.data, label=args.label, holdout=args.holdout, limit=limit)
     return judged, training
 
 
@@ -393,7 +402,9 @@ def preflight(args, student, teacher, tokenizer, template, pools):
             continue
 
         def ask(model, prompts):
-            answers = evaluation.answer(model, tokenizer, prompts, args.eval_max_new_tokens, 64)
+            room = find_context(model) - max(map(len, prompts))
+            answers = evaluation.answer(model, tokenizer, prompts,
+                                        min(args.eval_max_new_tokens, room), 64)
             return [keyword_verdict(text, query.text[lang], phrases) == "refusal"
                     for text, (query, _) in zip(answers, batch)]
 
@@ -415,7 +426,7 @@ def check_out(args):
     """Refuse to write over what is there, or to resume with other flags; under --resume keep out of
     training what was kept out -> args.json as it was. Raises UserError."""
     out = Path(args.out)
-    files = {path.name for path in out.glob("*")}
+    files = {path.name for path in out.glob("*")} - {"args.json.tmp", "after-0.json.tmp"}
     args.kept_out = args.eval_data
     before = {}
     if files or args.resume:
@@ -423,6 +434,8 @@ def check_out(args):
             before = read_json(out / "args.json")
             kept_out = before["kept_out"]  # other programs write an args.json, too
     if args.resume:
+        if "checkpoint.pt" not in files:
+            raise UserError(f"--resume: there is no checkpoint in {out}")
         args.kept_out = kept_out
         for name, value in vars(args).items():
             if name not in MAY_CHANGE and name[:5] != "eval_" and before.get(name) != value:
@@ -430,7 +443,7 @@ def check_out(args):
                                 f"{before.get(name)} in {out}/args.json")
         return before
     for path in (args.model, *args.data, *args.eval_data, find_path(args.teacher_prompt)):
-        if f"{out.resolve()}/" in f"{path}/":
+        if re.search(f"(^|=){re.escape(str(out.resolve()))}/", f"{path}/"):
             raise UserError(f"--out {out} holds what is to be read, {path}: name another")
     # a run without a checkpoint begins again
     if files - {"args.json", "after-0.json", *LOGS} and not args.overwrite:
@@ -478,6 +491,27 @@ def load_checkpoint(args, student, teacher, optimizer):
         for name, text in state["logs"].items():
             Path(args.out, name).write_text(text, encoding="utf-8")
     return state["step"]
+
+
+def save_model(args, student, tokenizer):
+    """Leave an ordinary Hugging Face (or PEFT adapter) folder with a model card."""
+    student.save_pretrained(args.out)
+    tokenizer.save_pretrained(args.out)
+    files = ", ".join(Path(path).name for path in args.data)
+    card = CARD.format(**{**vars(args), "data": files})
+    evaluation.write(Path(args.out, "README.md"), card)
+
+
+CARD = """---
+base_model: {model}
+---
+{model}, trained by multilingual safety self-distillation (MSD, arXiv 2605.02971) on queries in
+{lang}, without any response data: {policy}-policy, {steps} steps, teacher prompt {teacher_prompt},
+data {data}.
+
+For research. It does not promise safety: it can be jailbroken, and it can refuse what it should
+answer. It was judged by the tables of its own run alone: measure it on your own data.
+"""
 
 
 def append_line(args, name, row):
@@ -545,20 +579,8 @@ def peak_memory(device):
 
 # --- the command ---
 
-CARD = """---
-base_model: {model}
----
-{model}, trained by multilingual safety self-distillation (MSD, arXiv 2605.02971) on queries in
-{lang}, without any response data: {policy}-policy, {steps} steps, teacher prompt {teacher_prompt},
-data {data}.
-
-For research. It does not promise safety: it can be jailbroken, and it can refuse what it should
-answer. It was judged by the tables of its own run alone: measure it on your own data.
-"""
-
-
-def main(args):
-    """Read the data, load the models, preflight, train, evaluate, save."""
+def complete(args):
+    """Fill in the defaults that hang on other flags -> the target languages. Raises UserError."""
     langs = evaluation.split_langs(args.lang)
     if not (langs and args.source_lang.strip()):
         raise UserError("--lang or --source-lang names no language")
@@ -569,8 +591,13 @@ def main(args):
     args.data = args.data or [str(HERE / "data/queries.csv")]
     args.out = args.out or f"out/{'-'.join(langs)}"
     args.eval_max_new_tokens = args.eval_max_new_tokens or max(32, args.max_new_tokens)
-    before = check_out(args)
+    return langs
 
+
+def main(args):
+    """Read the data, load the models, preflight, train, evaluate, save."""
+    langs = complete(args)
+    before = check_out(args)
     template = read_template(args.teacher_prompt)
     heldout, queries = read_data(args, langs)
     device, dtype = find_device(args.device, args.dtype)
@@ -603,17 +630,19 @@ def main(args):
         if args.preflight:
             preflight(args, student, teacher, tokenizer, template, pools)
         show_table()
-    for step in train(args, student, teacher, tokenizer, template, pools, optimizer, step):
+    for step, bad in train(args, student, teacher, tokenizer, template, pools, optimizer, step):
         due = args.save_every and (step % args.save_every == 0 or step == args.steps)
-        if RANK == 0 and due:
+        if RANK == 0 and (due or bad == MAX_BAD_STEPS):
             save_checkpoint(args, step, student, teacher, optimizer)
+        if bad == MAX_BAD_STEPS:
+            gather(None)  # the first process has saved: torchrun ends it with the others
+            raise UserError(f"{bad} steps in a row were not finite: begin again with a lower --lr, "
+                            f"or take the last good weights by --resume --steps {step}")
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             show_table()
     if RANK == 0:
         with told_in_a_line(f"cannot save in {args.out}"):
-            student.save_pretrained(args.out)
-            tokenizer.save_pretrained(args.out)
-            evaluation.write(Path(args.out, "README.md"), CARD.format(**vars(args)))
+            save_model(args, student, tokenizer)
             write_page(args)
     if args.eval_every:
         show_table()

@@ -306,10 +306,10 @@ def test_the_sampler_gets_its_flags_and_noise_of_its_own_for_each_seed_and_step(
     assert len({seed for seed, *_ in calls}) == 4
 
 
-
-def test_an_ema_teacher_follows_after_every_step(train, monkeypatch):
+@pytest.mark.parametrize("rank", [0, 2])
+def test_an_ema_teacher_follows_after_every_step(train, monkeypatch, rank):
     calls = spy_learn(monkeypatch)
-    train("o", "--teacher", "ema", "--ema-decay", 0.75, steps=4)
+    train("o", "--teacher", "ema", "--ema-decay", 0.75, "--lora-rank", rank, steps=4)
     for (*_, before), (*_, student, after) in zip(calls, calls[1:]):
         assert not all(map(torch.equal, before, after))
         for old, new, mean in zip(before, student, after):
@@ -324,6 +324,19 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(train, monkeypatch, wh
     for weights in zip(*[call[-2:] for call in calls]):  # of the student, of the teacher
         moved = [not torch.equal(old[0], new[0]) for old, new in zip(weights, weights[1:])]
         assert moved == [True, False, True, False]
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_weights(
+        train, fail, monkeypatch):
+    last = 2 + msd.MAX_BAD_STEPS
+    with monkeypatch.context() as patch:
+        calls = spy_learn(patch, range(3, 99))
+        line = fail("o", steps=20)
+    assert f"{msd.MAX_BAD_STEPS} steps in a row" in line
+    assert line.endswith(f"--resume --steps {last}") and len(calls) == last
+    out = train("o", "--resume", steps=last)  # nothing is left to do but save
+    *_, good, _ = calls[2]  # as two steps left them
+    assert all(map(torch.equal, good, AutoModelForCausalLM.from_pretrained(out).parameters()))
 
 
 @pytest.mark.parametrize("norm", ["response", "none"])
@@ -477,6 +490,13 @@ def test_a_teacher_that_refuses_fewer_harmful_queries_is_warned_of(train, monkey
     assert f"warning: in jv {words}" in capsys.readouterr().err
 
 
+def test_a_query_that_leaves_little_room_is_asked_for_less_in_the_preflight(
+        train, tmp_path, capsys):
+    data = write_queries(tmp_path / "long.csv", [("harmful", "short", "dawa " * 150), *QUERIES[:1]])
+    train("o", *JUDGED, "--preflight", 9, "--eval-max-new-tokens", 400, data=data)
+    assert "preflight jv: of 2 harmful" in capsys.readouterr().out
+
+
 def test_the_preflight_asks_a_sample_that_the_seed_chooses_and_both_sides_the_same(
         train, monkeypatch):
     asked = script_answers(monkeypatch)
@@ -535,7 +555,7 @@ def test_from_another_folder_it_trains_its_own_model_on_its_own_queries(
     assert n == 8 and student <= 2 and teacher >= 6 and flips >= 5  # there is much to learn
     assert found["benign"][2] <= 2
     rows, _ = read_table(tmp_path / "out" / "jv", "after-1.json")
-    assert {row["lang"] for row in rows} == {"jv", "en"}
+    assert {row["lang"] for row in rows} == {"jv", "en", "sw"}
 
 
 # --- a run goes on ---
@@ -789,7 +809,7 @@ MISTAKES = [
     "--resume=yes", "--dtype float8", "--device abacus", "--device cuda:99", "--lang xx",
     "--lang ,", "--source-lang xx", "--source-lang=", "--label qa", "--teacher-prompt nobody",
     "--teacher-prompt /", "--teacher-prompt LICENSE", "--model /nowhere", "--data /nowhere.csv",
-    "--eval-data /nowhere.csv", "--resume", "--beta 0", "--beta 1", "--system \udcff", "more"]
+    "--eval-data /nowhere.csv", "--resume", "--divergence jsd --beta 0", "--beta 2", "--system \udcff", "more"]
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
@@ -804,6 +824,12 @@ def test_layers_that_take_no_adapter_are_one_line(fail, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "m")
     build_model("Mamba", vocab_size=4096).save_pretrained(tmp_path / "m")
     assert "--lora-rank" in fail("o", "--model", tmp_path / "m", "--lora-rank", 2)
+
+
+def test_jsd_at_its_ends_points_to_the_divergences_that_are_meant(train, fail):
+    line = fail("o", "--divergence", "jsd", "--beta", 1)
+    assert "forward" in line and "reverse" in line
+    train("o", "--divergence", "reverse", "--beta", 1)  # of which beta is no part
 
 
 def test_an_adapter_is_no_model_to_train(train, fail):

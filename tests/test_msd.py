@@ -162,6 +162,12 @@ def test_the_same_prompt_and_weights_on_both_sides_give_divergence_exactly_zero(
         assert gradient.isfinite().all()
 
 
+def test_an_adapter_that_is_still_zero_is_the_frozen_teacher_to_the_last_bit(folder):
+    _, student, teacher = load(folder, "--lora-rank", 2)
+    loss, scores, _ = score(student, teacher, others=PROMPTS)
+    assert loss == 0 and not any(found["divergence"].any() for found in scores)
+
+
 def test_a_micro_batch_holds_rows_of_like_length():
     student = build_student("Llama")
     score(student, student)  # what is tried once
@@ -409,6 +415,13 @@ def test_a_small_step_in_bfloat16_goes_where_float32_goes():
     for p in student.parameters():
         assert p.dtype == torch.bfloat16 and torch.equal(p, p.master.bfloat16())
         assert p.grad is None and p.master.dtype == torch.float32
+
+
+def test_under_lora_in_bfloat16_the_adapters_are_float32(folder):
+    _, student, _ = load(folder, "--lora-rank", 2, dtype=torch.bfloat16)
+    assert {p.dtype for p in msd.list_masters(student)} == {torch.float32}
+    frozen = {p.dtype for p in student.parameters() if not p.requires_grad}
+    assert frozen == {torch.bfloat16}
 
 
 def test_an_ema_in_bfloat16_keeps_what_bfloat16_would_round_away(folder):
