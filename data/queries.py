@@ -40,7 +40,6 @@ ROW_ID = r"(\S+\s)?\S*\d\S*"  # as 17, q17 or row 17
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 # columns that hold no texts; pandas' index has no name
 NO_TEXT = "|".join([*LANGUAGE_COLUMNS, *LABEL_COLUMNS, "answer|choices|options|.*id|unnamed.*|"])
-TOLD = set()
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
     CODES = {name.lower(): code for code, name in json.load(f).items()}
@@ -126,22 +125,16 @@ def normalise(text):
 
 # --- what is told
 
-def one_line(text):
-    """Any text as one printable line of at most 400 characters."""
-    return "".join(c if c.isprintable() else " " for c in text[:400])
-
-
 def fail(path, problem):
-    """The ValueError for a file, its message one bounded line."""
-    return ValueError(one_line(f"{path[-120:]}: {problem}"))
+    """The ValueError for a file, its message one printable line of at most 400 characters."""
+    line = f"{path[-120:]}: {problem}"[:400]
+    return ValueError("".join(c if c.isprintable() else " " for c in line))
 
 
+@functools.cache
 def tell(path, what):
     """A line on stderr, once in a process: a file is loaded for one language after another."""
-    line = str(fail(path, what))
-    if line not in TOLD:
-        print(line, file=sys.stderr)
-    TOLD.add(line)
+    print(fail(path, what), file=sys.stderr)
 
 
 # --- a file -> rows: {column: cell}
