@@ -28,7 +28,7 @@ BARE = "(no column name)"  # the column of texts that have none
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LINES = "\x1f"             # the delimiter of a file without one
 # names of columns, with one blank around them or none; but "Yes, please" is a query
-HEADER = r'(?!\w+, ) ?[\w"=-]* ?(?:([\t,;|]) ?[\w"=-]* ?)+'
+HEADER = r'(?!\w+, ) ?[\w"-]* ?(?:([\t,;|]) ?[\w"-]* ?)+'
 LABEL_COLUMNS = ("label", "expected_behavior")
 LANGUAGE_COLUMNS = ("language", "lang", "language_code", "lang_code", "prompt_language", "locale")
 ROW_NUMBERS = {"prompt_id": "id", "no": "no", "id": "id"}  # unless they hold Indonesian, Norwegian
@@ -39,7 +39,7 @@ CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
 ROW_ID = r"(\S+\s)?\S*\d\S*"  # as 17, q17 or row 17
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 # columns that hold no texts; pandas' index has no name
-NO_TEXT = "|".join([*LANGUAGE_COLUMNS, *LABEL_COLUMNS, "answer|choices|options|.*id|unnamed.*|"])
+NO_TEXT = "|".join([*LANGUAGE_COLUMNS, *LABEL_COLUMNS, "answer|choices|options|.*id|unnamed.*"])
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
     CODES = {name.lower(): code for code, name in json.load(f).items()}
@@ -139,9 +139,8 @@ def tell(path, what):
 
 # --- a file -> rows: {column: cell}
 
-@functools.lru_cache(maxsize=16)
-def parse_file(path, modified, size):
-    """A file of any format -> rows, which nobody changes."""
+def parse_file(path):
+    """A file of any format -> rows."""
     with open(path, encoding="utf-8-sig", newline="") as f:
         text = f.read().rstrip("\r\n")
     if "\0" in text:
@@ -168,25 +167,15 @@ def parse_json(text):
         rows = rows.get("safety", rows)
     if not isinstance(rows, list):
         rows = [rows]
-    rows = [row if isinstance(row, dict) else {BARE: row} for row in rows]
-    for row in rows:
-        check_names(row)
-    return rows
+    return [row if isinstance(row, dict) else {BARE: row} for row in rows]
 
 
 def read_object(pairs):
-    """A JSON object. ValueError where two values have one name."""
-    row = dict(pairs)
+    """{name: value}, names in lower case. ValueError where two values have one name."""
+    row = {name.strip().lower(): value for name, value in pairs}
     if len(row) < len(pairs):
         raise ValueError("has a duplicate column")
     return row
-
-
-def check_names(names):
-    """ValueError where two columns have one name."""
-    found = Counter(name.strip().lower() for name in names)
-    if [name for name, n in found.items() if name and n > 1]:
-        raise ValueError("has a duplicate column")
 
 
 def find_delimiter(first, ending):
@@ -201,10 +190,9 @@ def find_delimiter(first, ending):
 
 def parse_table(text, ending):
     """CSV, TSV or a query a line -> rows."""
-    first = re.match(r"[^\r\n]*", text.lstrip("\r\n"))[0]
+    text = re.sub(r"\A[\r\n]*sep=.[\r\n]+", "", text)  # Excel's first line
+    first = re.search(r"[^\r\n]+|$", text)[0]
     delimiter = find_delimiter(first, ending)
-    if first == f"sep={delimiter}":  # Excel's first line
-        text = text.lstrip("\r\n").removeprefix(first).lstrip("\r\n")
     is_qa = delimiter == "\t" and re.fullmatch(QUESTION_AND_ANSWER, first)
     quoting = csv.QUOTE_NONE if is_qa or delimiter == LINES else csv.QUOTE_MINIMAL
     csv.field_size_limit(1 << 22)  # 128 KiB otherwise: less than a long document
@@ -220,11 +208,11 @@ def parse_table(text, ending):
         return [{BARE: "".join(cells)} for cells in lines]  # blank ones keep their place
     lines = [cells for cells in lines if cells]
     columns = [BARE, "answer"] if is_qa else lines.pop(0)
-    check_names(columns)
+    rows = []
     for n, cells in enumerate(lines, 1):
         if len(cells) != len(columns):
             raise ValueError(f"row {n} has {len(cells)} cells instead of {len(columns)}")
-    rows = [dict(zip(columns, cells)) for cells in lines]
+        rows.append(read_object([pair for pair in zip(columns, cells) if pair[0].strip()]))
     return [{**row, "label": "qa"} for row in rows] if is_qa else rows
 
 
@@ -261,15 +249,12 @@ def read_file(path, langs, is_named=False):
     is_named: the file was named for its language, langs[0].
     """
     try:
-        file = os.path.expanduser(path)
-        found = os.stat(file)
-        rows = parse_file(file, found.st_mtime_ns, found.st_size)
+        rows = parse_file(os.path.expanduser(path))
     except (OSError, RecursionError, ValueError) as e:
         problem = getattr(e, "strerror", None) or e
         raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
     if find_columns(rows) == [BARE]:
         rows = read_header(path, rows, langs)
-    rows = [{name.strip().lower(): cell for name, cell in row.items()} for row in rows]
 
     columns = find_columns(rows)
     language = find_language(rows, columns, langs)
@@ -319,7 +304,7 @@ def read_header(path, rows, langs):
     tell(path, f"its first line, {first[:60]!r}, is taken for {taken}")
     if not is_name:
         return rows
-    return [{first: row.get(BARE)} for row in rows[cells.index(first) + 1:]]
+    return [{first.lower(): row.get(BARE)} for row in rows[cells.index(first) + 1:]]
 
 
 def widen(path, rows, columns, langs, language):

@@ -553,23 +553,13 @@ def test_cells_that_hold_no_human_text_are_skipped(write, capsys, cell):
     assert "2 rows read, 1 used, 1 skipped (1 " in capsys.readouterr().err
 
 
-def test_names_within_a_cell_are_its_own_matter(write):
-    assert read(write("a.jsonl", '{"en": "a", "meta": {"ID": 1, "id": 2}}')) == ["a"]
-
-
-def test_a_file_is_opened_and_told_once_and_again_when_it_changed(write, capsys, monkeypatch):
+def test_a_file_is_told_once_and_read_again_when_it_changed(write, capsys):
     path = write("a.csv", "en,jv\nhi,hai\n")
-    load_queries(path, ["en", "jv"])
-    told = capsys.readouterr().err
-    with monkeypatch.context() as closed:
-        closed.setattr("builtins.open", None)
-        [first] = load_queries(path, ["jv"])
-        first.extra["jv"] = "changed"
-        assert texts(load_queries(path, ["jv", "en"]), "jv") == ["hai"]
-    assert told.count("1 used") == 1
-    assert capsys.readouterr().err == ""
+    read(path)
+    assert read(path, "jv") == ["hai"]
+    assert capsys.readouterr().err.count("1 used") == 1
     write("a.csv", "en,jv\nhi,hai\nyo,halo\n")
-    assert len(load_queries(path, ["jv"])) == 2
+    assert read(path, "jv") == ["hai", "halo"]
 
 
 @pytest.mark.parametrize("name, content, complaint", [
