@@ -31,12 +31,12 @@ LINES = "\x1f"             # the delimiter of a file without one
 HEADER = r'(?!\w+, ) ?[\w"-]* ?(?:([\t,;|]) ?[\w"-]* ?)+'
 LABEL_COLUMNS = ("label", "expected_behavior")
 LANGUAGE_COLUMNS = ("language", "lang", "language_code", "lang_code", "prompt_language", "locale")
-ROW_NUMBERS = {"prompt_id": "id", "no": "no", "id": "id"}  # unless they hold Indonesian, Norwegian
+ROW_NUMBERS = ("prompt_id", "no", "id")  # unless they hold Indonesian, Norwegian
 LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>qa)"
 JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
-ROW_ID = r"(\S+\s)?\S*\d\S*"  # as 17, q17 or row 17
+ROW_ID = r"\S*|\S+\s\S*\d\S*"  # as 17, q17 or row 17; a text has several words
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 # columns that hold no texts; pandas' index has no name
 NO_TEXT = "|".join([*LANGUAGE_COLUMNS, *LABEL_COLUMNS, "answer|choices|options|.*id|unnamed.*"])
@@ -257,13 +257,15 @@ def read_file(path, langs, is_named=False):
         rows = read_header(path, rows, langs)
 
     columns = find_columns(rows)
-    language = find_language(rows, columns, langs)
-    for column, lang in ROW_NUMBERS.items():
-        is_row_id = is_named and column == "id" or find_own(path, columns, lang)
-        if not is_row_id and holds_texts(rows, column, lang in langs and not language):
+    for column in ROW_NUMBERS:
+        lang = read_code(column)
+        is_row_id = is_named and column == "id" and columns != ["id"]
+        is_text = any(not re.fullmatch(ROW_ID, clean(row.get(column))) for row in rows)
+        if is_text and not is_row_id and not find_own(path, columns, lang):
             move(rows, column, lang)
             columns = find_columns(rows)
 
+    language = next((name for name in LANGUAGE_COLUMNS if name in columns), None)
     if language and not all(find_own(path, columns, lang) for lang in langs):
         return widen(path, rows, columns, langs, language)
     if is_named or len(langs) == 1 and BARE in columns:
@@ -271,28 +273,10 @@ def read_file(path, langs, is_named=False):
     return rows
 
 
-def find_language(rows, columns, langs):
-    """The column that names a row's language, or None. By another name than language or lang it
-    counts only where rows differ in it, or it holds what is asked for."""
-    for name in [name for name in LANGUAGE_COLUMNS if name in columns]:
-        codes = {read_code(clean(row.get(name))) for row in rows}
-        if name in LANGUAGE_COLUMNS[:2] or len(codes) > 1 or set(langs) <= codes:
-            return name
-
-
-def holds_texts(rows, column, is_asked_for):
-    """Whether a column that might number the rows holds texts: of several words, or (is_asked_for)
-    without digits."""
-    cells = list(filter(None, (clean(row.get(column)) for row in rows)))
-    text = "".join(cells)
-    is_text = re.search(r"\s", text) or is_asked_for and re.fullmatch(r"\D+", text)
-    return is_text and not all(re.fullmatch(ROW_ID, cell) for cell in cells)
-
-
 def move(rows, column, lang):
     """A column's cells to where a language's texts are."""
     for row in rows:
-        row[lang.upper()] = row.pop(column, row.get(BARE))
+        row[lang.upper()] = row.pop(column, None)
 
 
 def read_header(path, rows, langs):
@@ -319,7 +303,7 @@ def widen(path, rows, columns, langs, language):
 
     groups = {lang: group for lang, group in groups.items() if lang in (*langs, "en")}
     for lang, group in groups.items():  # English as well: split() goes by it
-        move(group, find_text(path, columns, lang, "translated"), lang)
+        move(group, find_text(path, columns, lang), lang)
     parts = list(groups.values())
     keys = find_keys([name for name in columns if name.endswith("id")], parts)
     if len(keys) == 1:
@@ -393,20 +377,20 @@ def find_one(path, columns, lang):
     return columns[0] if columns else None
 
 
-def find_text(path, columns, lang, hint="translat"):
+def find_text(path, columns, lang):
     """The column of texts where the language is known."""
     own = find_own(path, columns, lang)
     translated = [name for name in columns if "translated" in name]
     if own or len(translated) == 1 and lang != "en":
         return own or translated[0]
-    found = [name for name in columns if name in ALIASES or hint in name]
+    found = [name for name in columns if name in ALIASES or "translat" in name]
     if not found:
         found = [name for name in columns if not re.fullmatch(NO_TEXT, name)
                  and read_code(name) not in CODES.values()]
-    if len(found) != 1 and columns != ["id"]:
+    if len(found) != 1:
         names = ", ".join(found or columns)[:150]
         raise fail(path, f"no column, or more than one, may be {lang}: {names}; call it {lang}")
-    return (found or columns)[0]
+    return found[0]
 
 
 def clean(value):

@@ -160,8 +160,7 @@ def test_text_that_only_begins_like_a_list_stays_text(write):
     ("id,en\n7,hi\n", ["en"], "7", "hi"),
     ("en,id\nhi,Apa kabar\n", ["en"], "1", "hi"),
     ("en,id\nhi,Apa kabar\n", ["en", "id"], "1", "Apa kabar"),
-    ("en,id\nhi,Hai\n", ["id"], "1", "Hai"),
-    ("id,en,prompt_id\n7,hi,Hai\n", ["en", "id"], "7", "Hai"),
+    ("id,en,prompt_id\n7,hi,Apa kabar\n", ["en", "id"], "7", "Apa kabar"),
     ("id,Indonesian\n7,Hai\n", ["id"], "7", "Hai"),
     ("id,en\nrow 1,hi\n", ["en"], "row 1", "hi"),
 ])
@@ -251,7 +250,7 @@ def test_files_whose_rows_do_not_match_are_an_error(write_each, en, jv, complain
 
 @pytest.mark.parametrize("jv", [
     ["siji", "loro", "telu"],
-    {"safety": ["siji", [{"role": "user", "content": "loro"}], {"prompt": "telu"}]},
+    {"safety": ["siji", [{"role": "user", "content": "loro"}], "telu"]},
     '"siji"\r\n"loro"\r\n"telu"\r\n',
 ])
 def test_files_without_ids_are_joined_by_position_and_it_says_so(write_each, capsys, jv):
@@ -275,7 +274,7 @@ def test_ids_that_are_there_twice_join_nothing(write_each):
     "prompt,Italian\nEnglish,Ciao\n",
     "id,query,label\n1,Ciao,safe\n",
     "en,goal\nEnglish,Ciao\n",
-    "prompt,literal_translation,language\nCiao,English,Italian\n",
+    "prompt,language\nCiao,Italian\n",
     "id,lang,text\n1,it,Ciao\n",
 ])
 def test_a_file_named_for_its_language_is_read_in_that_language(write_each, content):
@@ -752,12 +751,8 @@ def test_ids_of_letters_stay_ids_beside_a_column_of_indonesian(write):
     assert texts(queries, "id") == ["c d", "g h"] and ids(queries) == ["hate", "other things"]
 
 
-@pytest.mark.parametrize("code", ["en-US", "eng_Latn", "English"])
-def test_a_locale_that_is_the_same_in_all_rows_says_nothing(write, code):
-    wide = write("a.csv", f"prompt,jv,locale\nHello?,Halo?,{code}\nBye?,Dah?,{code}\n")
-    assert texts(load_queries(wide, ["en", "jv"]), "jv") == ["Halo?", "Dah?"]
-    several = write("b.csv", f"prompt,locale\nHello?,{code}\nHabari?,sw-KE\n")
-    if code == "English":
-        assert read(several) == ["Hello?"]
-    else:
-        assert "locale" in error(several, ["en"])
+def test_a_locale_is_a_column_of_languages_unless_each_has_a_column(write):
+    wide = write("a.csv", "en,jv,locale\nHello?,Halo?,en-US\nBye?,Dah?,en-US\n")
+    assert read(wide, "jv") == ["Halo?", "Dah?"]
+    several = write("b.csv", "prompt,locale\nHello?,en-US\nHabari?,sw-KE\n")
+    assert "locale" in error(several, ["en"])
