@@ -65,7 +65,6 @@ def load_queries(path, langs, label=None):
     are those of the last of `langs`, where each language has its own.
     """
     path = os.fspath(path)
-    langs = [lang.strip() for lang in langs if lang.strip()]
     if not langs or label not in (None, "harmful", "benign", "mixed", "qa"):
         raise ValueError("give a language or more, and a label that is harmful, benign, mixed or "
                          f"qa: not {langs} and {str(label)[:60]!r}")
@@ -79,8 +78,12 @@ def load_queries(path, langs, label=None):
             raise fail(path, f"no column for language {lang}: found {', '.join(columns)[:150]}; "
                              f"a file that is all {lang} is given as {lang}=FILE")
     label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
-    if not label_column:
-        label = label or assume_label(path, rows, columns)
+    if not label and not label_column:
+        if "answer" in columns:
+            raise fail(path, "has answers and no label: say what its rows are, as by --label qa")
+        tell(path, f"no column label or expected_behavior in {', '.join(columns)[:150]}: every row "
+                   "is taken as harmful")
+        label = "harmful"
 
     queries = []
     skipped = Counter()
@@ -91,9 +94,6 @@ def load_queries(path, langs, label=None):
         except (RecursionError, TypeError, ValueError) as reason:
             skipped[str(reason)[:80]] += 1
     settle_answers(path, [query for query in queries if query.choices])
-    bare = [query.answer for query in queries if query.label == "qa" and not query.choices]
-    if bare and all(re.fullmatch("[A-J]", answer) for answer in bare):
-        raise fail(path, "its answers are letters, and there are no choices: call them choices")
 
     counts = f"{len(rows)} rows read, {len(queries)} used, {skipped.total()} skipped"
     if skipped:
@@ -414,6 +414,8 @@ def read_query(row, n, langs, texts, label):
         query.choices = read_choices(row)
         if not query.answer:
             raise ValueError("qa without an answer")
+        if not query.choices and re.fullmatch("[A-J]", query.answer):
+            raise ValueError("qa whose answer is a letter, and no choices: call them choices")
     json.dumps(vars(query), ensure_ascii=False).encode()  # raises on lone surrogates
     return query
 
@@ -443,17 +445,6 @@ def read_label(row, column):
     return label
 
 
-def assume_label(path, rows, columns):
-    """harmful, and says so; with answers a label is asked for."""
-    if "answer" in columns:
-        raise fail(path, "has answers and no label: say what its rows are, as by --label qa")
-    few = [name for name in columns
-           if name.islower() and len({str(row.get(name)) for row in rows}) <= 3]
-    tell(path, "no column label or expected_behavior: every row is taken as harmful; of few "
-               f"values, so perhaps a label: {few}")
-    return "harmful"
-
-
 def read_scalar(value):
     """A text or a number as text. ValueError for what holds several."""
     if isinstance(value, (list, dict)):
@@ -465,45 +456,45 @@ def read_choices(row):
     """A question's choices, {name: text}: of the column choices or options, or of a column each;
     [] without any."""
     value = row.get("choices") or row.get("options")
-    if isinstance(value, str) and value:
+    if value and isinstance(value, str):
         value = json.loads(value)
-    if isinstance(value, list) and value and isinstance(value[0], dict):
+    if value and isinstance(value, list) and isinstance(value[0], dict):
         if {"label", "text"} - set.intersection(*map(set, value)):
             raise ValueError("choices need a label and a text each")
-        value = {name: [one[name] for one in value] for name in ("label", "text")}
+        value = {one["label"]: one["text"] for one in value}
     if isinstance(value, list):
         value = {"text": value}
     if not isinstance(value, dict):
         value = {name[-1]: row[name] for name in row if re.fullmatch(CHOICE, name)}
-    if "text" in value:
-        names = value.get("label", LETTERS)
-        if len(value["text"]) > len(names):
-            raise ValueError("more choices than letters or labels")
-        value = dict(zip(names, value["text"]))
-    choices = {str(name).upper(): read_scalar(text) for name, text in value.items() if clean(text)}
-    if len(choices) > len(LETTERS):
-        raise ValueError("more choices than letters")
+
+    if "text" not in value:
+        value = {"label": list(value), "text": list(value.values())}
+    names = value.get("label", LETTERS)
+    texts = value["text"]
+    if len(texts) > min(len(names), len(LETTERS)):
+        raise ValueError("more choices than letters or labels")
+    choices = {str(name).upper(): read_scalar(text) for name, text in zip(names, texts)
+               if clean(text)}
     return choices if len(choices) > 1 else []
 
 
 def settle_answers(path, queries):
     """Answers -> the letters of their choices, if one reading alone fits the whole file; choices ->
     lists of their texts. In place."""
-    numbers = [str(n) for n in range(99)]
-    places = []
+    found = []
     for query in queries:
         answer = query.answer.upper()
         texts = [text.upper() for text in query.choices.values()]
-        readings = [list(query.choices), texts, numbers, numbers[1:]]
-        places.append([names.index(answer) if answer in names[:len(texts)] else None
-                       for names in readings])
+        numbers = [str(n) for n in range(len(texts) + 1)]
+        readings = [list(query.choices), texts, numbers[:-1], numbers[1:]]
+        found.append([LETTERS[names.index(answer)] if answer in names else None
+                      for names in readings])
 
-    possible = {reading for reading in zip(*places) if None not in reading}
+    possible = {letters for letters in zip(*found) if all(letters)}
     if queries and len(possible) != 1:
-        bad = [query.id for query, found in zip(queries, places) if found.count(None) == 4]
-        bad = bad or [query.id for query in queries]
-        raise fail(path, f"its answers have {len(possible)} readings as letters, texts or indices, "
-                         f"from 0 or from 1, of their choices; give letters (see rows {bad[:3]})")
-    for query, place in zip(queries, *possible):
-        query.answer = LETTERS[place]
+        bad = [query.id for query, letters in zip(queries, found) if not any(letters)]
+        raise fail(path, f"its answers have {len(possible)} readings as letters, texts or indices "
+                         f"(from 0 or 1) of their choices; give letters (none in rows {bad[:3]})")
+    for query, letter in zip(queries, *possible):
+        query.answer = letter
         query.choices = list(query.choices.values())
