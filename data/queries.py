@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections import ChainMap, Counter
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -65,9 +65,8 @@ def load_queries(path, langs, label=None):
     are those of the last of `langs`, where each language has its own.
     """
     path = os.fspath(path)
-    if not langs or label not in (None, "harmful", "benign", "mixed", "qa"):
-        raise ValueError("give a language or more, and a label that is harmful, benign, mixed or "
-                         f"qa: not {langs} and {str(label)[:60]!r}")
+    if label not in (None, "harmful", "benign", "mixed", "qa"):
+        raise fail(path, f"its label is harmful, benign, mixed or qa, not {label!r}")
     rows = read_parallel(path, langs)
     columns = find_columns(rows)
     texts = {lang: find_own(path, columns, lang) for lang in [*langs, "en"]}
@@ -221,26 +220,26 @@ def parse_table(text, ending):
 def read_parallel(path, langs):
     """A file, or a file per language -> wide rows."""
     first, *named = re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
-    if first or os.path.exists(path):
+    if first:
         return read_file(path, langs)
     files = dict(zip(map(str.lower, named[::2]), named[1::2]))
     if not {lang.lower() for lang in langs} <= set(files) or 2 * len(files) < len(named):
         raise fail(path, f"name one file for each of {', '.join(langs)}, and none twice")
 
-    parts = [read_file(file, [lang], is_named=True) for lang, file in files.items()]
-    keys = find_keys([name for name in find_columns(parts[0]) if name.endswith("id")], parts)
+    parts = {lang: read_file(file, [lang], is_named=True) for lang, file in files.items()}
+    keys = find_keys(parts)
     if len(keys) > 1:  # by the one called id, or by none
-        keys = ["id"] if "id" in keys else []
-    ids = [[clean(row.get("id")) for row in part] for part in parts]
+        keys = [key for key in keys if key == "id"]
+    ids = [tuple(clean(row.get("id")) for row in part) for part in parts.values()]
     counts = [len(cells) for cells in ids]
-    known = {tuple(cells) for cells in ids if any(cells)}
+    known = {cells for cells in ids if any(cells)}
     if not keys and (len(known) > 1 or len(set(counts)) > 1):
         raise fail(path, f"unmatched ids, or numbers of rows ({counts}): give each row an id that "
                          "is once in every file")
     if len(parts) > 1:
         how = f"on {keys[0]}" if keys else "by position: no one unique id is in all"
         tell(path, f"joined {how}")
-    return join(parts, keys, list(files).index(langs[-1].lower()))
+    return join(parts, keys, langs[-1].lower())
 
 
 def read_file(path, langs, is_named=False):
@@ -249,7 +248,7 @@ def read_file(path, langs, is_named=False):
     is_named: the file was named for its language, langs[0].
     """
     try:
-        rows = parse_file(os.path.expanduser(path))
+        rows = parse_file(path)
     except (OSError, RecursionError, ValueError) as e:
         problem = getattr(e, "strerror", None) or e
         raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
@@ -304,46 +303,48 @@ def widen(path, rows, columns, langs, language):
     groups = {lang: group for lang, group in groups.items() if lang in (*langs, "en")}
     for lang, group in groups.items():  # English as well: split() goes by it
         move(group, find_text(path, columns, lang), lang)
-    parts = list(groups.values())
-    keys = find_keys([name for name in columns if name.endswith("id")], parts)
+    keys = find_keys(groups)
     if len(keys) == 1:
-        return join(parts, keys, list(groups).index(langs[-1]))
+        return join(groups, keys, langs[-1])
     if len(langs) > 1:
         raise fail(path, "its rows are joined on the one column ending in id that is unique in "
                          f"each language and the same in all: that is true of {keys}")
     return groups[langs[0]]
 
 
-def find_keys(columns, parts):
-    """The columns that have the same values in every part, and no value twice."""
+def find_keys(parts):
+    """The columns ending in id that have the same values in every part, and no value twice."""
+    first, *_ = parts.values()
     keys = []
-    for column in columns:
-        first, *others = [sorted(clean(row.get(column)) for row in part) for part in parts]
-        is_unique = "" not in first and len(set(first)) == len(first)
-        if is_unique and all(other == first for other in others):
+    for column in [name for name in find_columns(first) if name.endswith("id")]:
+        values = [sorted(clean(row.get(column)) for row in part) for part in parts.values()]
+        distinct = sorted({*values[0]} - {""})
+        if all(cells == distinct for cells in values):
             keys.append(column)
     return keys
 
 
-def join(parts, keys, own):
-    """Rows of several parts, by keys[0] or else by position, in the order of the first. What a cell
-    of parts[own] says stays; labels that differ are none."""
-    tables = []
-    for part in parts:
-        tables.append({clean(row[keys[0]]) if keys else n: row for n, row in enumerate(part)})
+def join(parts, keys, lang):
+    """Rows of {language: rows}, joined on keys[0] or else by position, in the order of the first.
+    A cell is what lang's row says, or the first that says anything; labels that differ are none."""
+    groups = {}
+    for name, part in parts.items():
+        for n, row in enumerate(part, 1):
+            key = clean(row[keys[0]]) if keys else n
+            groups.setdefault(key, {})[name] = row
+
     joined = []
-    for key in tables[0]:
-        rows = [table[key] for table in tables]
-        said = {name: cell for name, cell in rows[own].items() if clean(cell)}
-        row = dict(ChainMap(said, *rows))
+    for key, rows in groups.items():
+        row = {}
+        for said in [rows[lang], *rows.values()]:
+            for name, cell in said.items():
+                if not clean(row.get(name)):
+                    row[name] = cell
         for column in LABEL_COLUMNS:
-            labels = list(filter(None, (clean(row.get(column)) for row in rows)))
-            if len({find_label(label) for label in labels}) > 1:
+            labels = [clean(said.get(column)) for said in rows.values()]
+            if len({find_label(label) for label in labels if label}) > 1:
                 row[column] = f"differs: {', '.join(labels)}"
-            elif labels:
-                row[column] = labels[0]
-        if keys:
-            row.setdefault("id", key)
+        row.setdefault("id", key)
         joined.append(row)
     return joined
 
@@ -357,7 +358,7 @@ def find_columns(rows):
 
 def read_code(name):
     """The language that a column or a language's name is of, if it is of one."""
-    name = name.strip().lower().removeprefix("prompt_")
+    name = name.lower().removeprefix("prompt_")
     return CODES.get(name, name)
 
 
