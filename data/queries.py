@@ -50,7 +50,7 @@ class Query:
     id: str             # the file's own, else the row's number, from 1
     label: str          # harmful | benign | qa | mixed
     text: dict          # language -> query
-    extra: dict         # every column of the row, by its name in lower case; EN: certainly English
+    extra: dict         # every column of the row, its name in lower case, but a language's as EN
     answer: str = None  # of qa rows; a letter where there are choices
     choices: list = field(default_factory=list)
     key: str = ""       # what split() hashes: the English text, asked for or not, or the first
@@ -69,13 +69,14 @@ def load_queries(path, langs, label=None):
         raise fail(path, f"its label is harmful, benign, mixed or qa, not {label!r}")
     rows = read_parallel(path, langs)
     columns = find_columns(rows)
-    texts = {lang: find_own(path, columns, lang) for lang in [*langs, "en"]}
-    if not texts["en"]:
-        texts["en"] = find_one(path, [name for name in columns if name in ALIASES], "en")
+    english = [name for name in columns if name in ALIASES]
+    if english and "EN" not in columns:
+        rename(path, rows, english, "en")
+        columns = find_columns(rows)
     for lang in langs:
-        if not texts[lang]:
+        if lang.upper() not in columns:
             raise fail(path, f"no column for language {lang}: found {', '.join(columns)[:150]}; "
-                             f"a file that is all {lang} is given as {lang}=FILE")
+                             f"call it {lang}, or give a file that is all {lang} as {lang}=FILE")
     label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
     if not label and not label_column:
         if "answer" in columns:
@@ -89,7 +90,7 @@ def load_queries(path, langs, label=None):
     for n, row in enumerate(rows, 1):
         try:
             row_label = read_label(row, label_column) if label_column else label
-            queries.append(read_query(row, n, langs, texts, row_label))
+            queries.append(read_query(row, n, langs, row_label))
         except (RecursionError, TypeError, ValueError) as reason:
             skipped[str(reason)[:80]] += 1
     settle_answers(path, [query for query in queries if query.choices])
@@ -243,7 +244,7 @@ def read_parallel(path, langs):
 
 
 def read_file(path, langs, is_named=False):
-    """A file -> wide rows, where a column EN holds English for certain.
+    """A file -> wide rows, where EN is the column of English.
 
     is_named: the file was named for its language, langs[0].
     """
@@ -256,26 +257,33 @@ def read_file(path, langs, is_named=False):
         rows = read_header(path, rows, langs)
 
     columns = find_columns(rows)
-    for column in ROW_NUMBERS:
-        lang = read_code(column)
-        is_row_id = is_named and column == "id" and columns != ["id"]
-        is_text = any(not re.fullmatch(ROW_ID, clean(row.get(column))) for row in rows)
-        if is_text and not is_row_id and not find_own(path, columns, lang):
-            move(rows, column, lang)
-            columns = find_columns(rows)
+    numbers = [name for name in ROW_NUMBERS
+               if all(re.fullmatch(ROW_ID, clean(row.get(name))) for row in rows)]
+    if is_named and columns != ["id"]:
+        numbers.append("id")
+    for lang in sorted({*CODES.values(), *map(str.lower, langs)}):
+        own = [name for name in columns if read_code(name) == lang and name not in numbers]
+        if len(own) > 1:
+            own = [name for name in own if name not in ROW_NUMBERS]
+        if own:
+            rename(path, rows, own, lang)
 
+    columns = find_columns(rows)
     language = next((name for name in LANGUAGE_COLUMNS if name in columns), None)
-    if language and not all(find_own(path, columns, lang) for lang in langs):
+    if language and not {lang.upper() for lang in langs} <= set(columns):
         return widen(path, rows, columns, langs, language)
     if is_named or len(langs) == 1 and BARE in columns:
-        move(rows, find_text(path, columns, langs[0]), langs[0])
+        rename(path, rows, find_texts(columns, langs[0]), langs[0])
     return rows
 
 
-def move(rows, column, lang):
-    """A column's cells to where a language's texts are."""
+def rename(path, rows, columns, lang):
+    """The one column of columns gets its language's name: the code in capitals."""
+    if len(columns) != 1:
+        names = ", ".join(columns)[:150] or "no column"
+        raise fail(path, f"{names} may be {lang}: call one column {lang}, and no other")
     for row in rows:
-        row[lang.upper()] = row.pop(column, None)
+        row[lang.upper()] = row.pop(columns[0], None)
 
 
 def read_header(path, rows, langs):
@@ -302,7 +310,7 @@ def widen(path, rows, columns, langs, language):
 
     groups = {lang: group for lang, group in groups.items() if lang in (*langs, "en")}
     for lang, group in groups.items():  # English as well: split() goes by it
-        move(group, find_text(path, columns, lang), lang)
+        rename(path, group, find_texts(columns, lang, "translated"), lang)
     keys = find_keys(groups)
     if len(keys) == 1:
         return join(groups, keys, langs[-1])
@@ -326,7 +334,8 @@ def find_keys(parts):
 
 def join(parts, keys, lang):
     """Rows of {language: rows}, joined on keys[0] or else by position, in the order of the first.
-    A cell is what lang's row says, or the first that says anything; labels that differ are none."""
+    A text is its own part's, another cell what lang's row says, or the first that says anything;
+    labels that differ are none."""
     groups = {}
     for name, part in parts.items():
         for n, row in enumerate(part, 1):
@@ -335,7 +344,7 @@ def join(parts, keys, lang):
 
     joined = []
     for key, rows in groups.items():
-        row = {}
+        row = {code.upper(): said.get(code.upper()) for code, said in rows.items()}
         for said in [rows[lang], *rows.values()]:
             for name, cell in said.items():
                 if not clean(row.get(name)):
@@ -362,36 +371,16 @@ def read_code(name):
     return CODES.get(name, name)
 
 
-def find_own(path, columns, lang):
-    """The column that names its language, or None."""
-    if lang.upper() in columns:  # for certain, see move
-        return lang.upper()
-    own = [name for name in columns if name not in ROW_NUMBERS and read_code(name) == lang.lower()]
-    return find_one(path, own, lang)
-
-
-def find_one(path, columns, lang):
-    """The one column of columns, None of none. ValueError for several."""
-    if len(columns) > 1:
-        raise fail(path, f"each of {', '.join(columns)[:150]} may be {lang}: leave one, called "
-                         f"{lang}")
-    return columns[0] if columns else None
-
-
-def find_text(path, columns, lang):
-    """The column of texts where the language is known."""
-    own = find_own(path, columns, lang)
+def find_texts(columns, lang, hint="translat"):
+    """The columns that may hold the texts of a file or of rows whose language is known."""
+    if lang.upper() in columns:
+        return [lang.upper()]
     translated = [name for name in columns if "translated" in name]
-    if own or len(translated) == 1 and lang != "en":
-        return own or translated[0]
-    found = [name for name in columns if name in ALIASES or "translat" in name]
-    if not found:
-        found = [name for name in columns if not re.fullmatch(NO_TEXT, name)
-                 and read_code(name) not in CODES.values()]
-    if len(found) != 1:
-        names = ", ".join(found or columns)[:150]
-        raise fail(path, f"no column, or more than one, may be {lang}: {names}; call it {lang}")
-    return found[0]
+    if len(translated) == 1 and lang != "en":
+        return translated
+    found = [name for name in columns if name in ALIASES or hint in name]
+    return found or [name for name in columns if not re.fullmatch(NO_TEXT, name)
+                     and not name.isupper()]
 
 
 def clean(value):
@@ -401,9 +390,9 @@ def clean(value):
 
 # --- wide rows -> queries
 
-def read_query(row, n, langs, texts, label):
+def read_query(row, n, langs, label):
     """A row -> Query. ValueError with the reason if there is none in it."""
-    cells = {lang: read_cell(row.get(column)) for lang, column in texts.items()}
+    cells = {lang: read_cell(row.get(lang.upper())) for lang in [*langs, "en"]}
     missing = [lang for lang in langs if not cells[lang]]
     if missing:
         raise ValueError(f"without a text in {' and '.join(missing)}")

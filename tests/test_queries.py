@@ -274,7 +274,7 @@ def test_ids_that_are_there_twice_join_nothing(write_each):
     "prompt,Italian\nEnglish,Ciao\n",
     "id,query,label\n1,Ciao,safe\n",
     "en,goal\nEnglish,Ciao\n",
-    "prompt,language\nCiao,Italian\n",
+    "prompt,literal_translation,language\nCiao,English,Italian\n",
     "id,lang,text\n1,it,Ciao\n",
 ])
 def test_a_file_named_for_its_language_is_read_in_that_language(write_each, content):
@@ -293,7 +293,7 @@ def test_where_two_columns_may_be_the_language_both_are_named(write_each, lang, 
 
 
 def test_a_file_named_for_another_language_is_not_read_for_its_english_column(write_each):
-    assert "en" in error(write_each(bbc="id,en\n1,hi\n"), ["bbc"])
+    assert "no column may be bbc" in error(write_each(bbc="id,en\n1,hi\n"), ["bbc"])
     assert "ru" in error(write_each(en="language,prompt\nru,один\n"), ["en"])
 
 
@@ -336,7 +336,7 @@ def test_the_name_of_a_column_is_taken_for_one_and_it_says_so(write_each, capsys
 
 
 def test_a_header_that_names_another_language_is_an_error(write_each):
-    assert "sw" in error(write_each(jv="sw\nHabari yako\n"), ["jv"])
+    assert "no column may be jv" in error(write_each(jv="sw\nHabari yako\n"), ["jv"])
 
 
 def test_empty_columns_and_blank_rows_do_not_move_the_rows(write_each):
@@ -393,7 +393,7 @@ def test_without_a_label_column_rows_are_harmful_or_what_the_flag_says(write, fl
 
 def test_what_was_assumed_is_said_with_the_columns_that_may_be_a_label(write, capsys):
     read(write("a.csv", "en,binary\nhi,1\n"))
-    assert "in en, binary: every row is taken as harmful" in capsys.readouterr().err
+    assert "in binary, EN: every row is taken as harmful" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("en, jv, label", [
@@ -558,7 +558,7 @@ def test_a_file_is_told_once_and_read_again_when_it_changed(write, capsys):
     ("a.csv", 'en,jv\na,"b\nc,d\n', "line 3: unexpected end"),
     ("a.csv", "en\n" + "x" * (1 << 22) + "x\n", "line 2: field larger"),
     ("a.csv", "en,label\n" + "".join(f"a,odd {n}\n" for n in range(99)), "99 skipped (1 label"),
-    ("a.csv", "sv,da\na,b\n", "language en: found sv, da; a file that is all en"),
+    ("a.csv", "sv,da\na,b\n", "language en: found da, SV; call it en"),
     ("a.csv", ",".join(f"c{n}" for n in range(9999)) + "\n" + "," * 9998 + "x", "no column"),
     ("a.json", "", "JSON"),
     ("a.json", "null", "1 skipped (1 without a text in en)"),
