@@ -59,8 +59,9 @@ class Query:
 def load_queries(path, langs, label=None):
     """Parallel queries -> list of Query, each with a text in every one of `langs`.
 
-    path: a file, or "en=FILE,jv=FILE". label: harmful | benign | mixed | qa, of data without
-    a label column; None is harmful. ValueError, of one line, for what cannot be read.
+    path: a file, or "en=FILE,jv=FILE". langs: codes in lower case. label: harmful | benign | mixed |
+    qa, of data without a label column; None is harmful. ValueError, of one line, for what cannot be
+    read.
     stderr gets how many rows were read, used and skipped, and why. A question's choices and answer
     are those of the last of `langs`, where each language has its own.
     """
@@ -89,8 +90,7 @@ def load_queries(path, langs, label=None):
     skipped = Counter()
     for n, row in enumerate(rows, 1):
         try:
-            row_label = read_label(row, label_column) if label_column else label
-            queries.append(read_query(row, n, langs, row_label))
+            queries.append(read_query(row, n, langs, label, label_column))
         except (RecursionError, TypeError, ValueError) as reason:
             skipped[str(reason)[:80]] += 1
     settle_answers(path, [query for query in queries if query.choices])
@@ -224,7 +224,7 @@ def read_parallel(path, langs):
     if first:
         return read_file(path, langs)
     files = dict(zip(map(str.lower, named[::2]), named[1::2]))
-    if not {lang.lower() for lang in langs} <= set(files) or 2 * len(files) < len(named):
+    if not set(langs) <= set(files) or 2 * len(files) < len(named):
         raise fail(path, f"name one file for each of {', '.join(langs)}, and none twice")
 
     parts = {lang: read_file(file, [lang], is_named=True) for lang, file in files.items()}
@@ -240,7 +240,7 @@ def read_parallel(path, langs):
     if len(parts) > 1:
         how = f"on {keys[0]}" if keys else "by position: no one unique id is in all"
         tell(path, f"joined {how}")
-    return join(parts, keys, langs[-1].lower())
+    return join(parts, keys, langs[-1])
 
 
 def read_file(path, langs, is_named=False):
@@ -251,8 +251,7 @@ def read_file(path, langs, is_named=False):
     try:
         rows = parse_file(path)
     except (OSError, RecursionError, ValueError) as e:
-        problem = getattr(e, "strerror", None) or e
-        raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
+        raise fail(path, f"{e}; give UTF-8 CSV, TSV, JSONL or JSON") from None
     if find_columns(rows) == [BARE]:
         rows = read_header(path, rows, langs)
 
@@ -261,7 +260,7 @@ def read_file(path, langs, is_named=False):
                if all(re.fullmatch(ROW_ID, clean(row.get(name))) for row in rows)]
     if is_named and columns != ["id"]:
         numbers.append("id")
-    for lang in sorted({*CODES.values(), *map(str.lower, langs)}):
+    for lang in sorted({*CODES.values(), *langs}):
         own = [name for name in columns if read_code(name) == lang and name not in numbers]
         if len(own) > 1:
             own = [name for name in own if name not in ROW_NUMBERS]
@@ -390,8 +389,13 @@ def clean(value):
 
 # --- wide rows -> queries
 
-def read_query(row, n, langs, label):
-    """A row -> Query. ValueError with the reason if there is none in it."""
+def read_query(row, n, langs, label, label_column):
+    """A row -> Query, of its own label where there is a column. ValueError with the reason if there
+    is none in it."""
+    if label_column:
+        label = find_label(clean(row.get(label_column)))
+    if not label:
+        raise ValueError(f"{label_column} {row.get(label_column)!r}")
     cells = {lang: read_cell(row.get(lang.upper())) for lang in [*langs, "en"]}
     missing = [lang for lang in langs if not cells[lang]]
     if missing:
@@ -425,14 +429,6 @@ def find_label(text):
     """harmful | benign | qa, or None."""
     match = re.fullmatch(LABEL, text.lower(), re.S)
     return match and match.lastgroup
-
-
-def read_label(row, column):
-    """The label of a row. ValueError if there is none."""
-    label = find_label(clean(row.get(column)))
-    if not label:
-        raise ValueError(f"{column} {row.get(column)!r}")
-    return label
 
 
 def read_scalar(value):
