@@ -59,8 +59,8 @@ class Query:
 def load_queries(path, langs, label=None):
     """Parallel queries -> list of Query, each with a text in every one of `langs`.
 
-    path: a file, or "en=FILE,jv=FILE". langs: codes in lower case. label: harmful | benign | mixed |
-    qa, of data without a label column; None is harmful. ValueError, of one line, for what cannot be
+    path: a file, or "en=FILE,jv=FILE". langs: in lower case. label: harmful | benign | mixed | qa,
+    of data without a label column; None is harmful. ValueError, of one line, for what cannot be
     read.
     stderr gets how many rows were read, used and skipped, and why. A question's choices and answer
     are those of the last of `langs`, where each language has its own.
