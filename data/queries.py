@@ -38,7 +38,7 @@ QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not t
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
 ROW_ID = r"\S*|\S+\s\S*\d\S*"  # as 17, q17 or row 17; a text has several words
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
-# columns that hold no texts; pandas' index has no name
+# columns that hold no texts; pandas calls an index unnamed
 NO_TEXT = "|".join([*LANGUAGE_COLUMNS, *LABEL_COLUMNS, "answer|choices|options|.*id|unnamed.*"])
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
