@@ -19,7 +19,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections import ChainMap, Counter
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -28,19 +28,18 @@ BARE = "(no column name)"  # the column of texts that have none
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LINES = "\x1f"             # the delimiter of a file without one
 # names of columns, with one blank around them or none; but "Yes, please" is a query
-HEADER = r'(?!\w+, ) ?[\w"=-]* ?(?:([\t,;|]) ?[\w"=-]* ?)+'
+HEADER = r'(?!\w+, ) ?[\w"-]* ?(?:([\t,;|]) ?[\w"-]* ?)+'
 LABEL_COLUMNS = ("label", "expected_behavior")
 LANGUAGE_COLUMNS = ("language", "lang", "language_code", "lang_code", "prompt_language", "locale")
-ROW_NUMBERS = {"prompt_id": "id", "no": "no", "id": "id"}  # unless they hold Indonesian, Norwegian
+ROW_NUMBERS = ("prompt_id", "no", "id")  # unless they hold Indonesian, Norwegian
 LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>qa)"
 JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
-ROW_ID = r"(\S+\s)?\S*\d\S*"  # as 17, q17 or row 17
+ROW_ID = r"\S*|\S+\s\S*\d\S*"  # as 17, q17 or row 17; a text has several words
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
-# columns that hold no texts; pandas' index has no name
-NO_TEXT = "|".join([*LANGUAGE_COLUMNS, *LABEL_COLUMNS, "answer|choices|options|.*id|unnamed.*|"])
-TOLD = set()
+# columns that hold no texts; pandas calls an index unnamed
+NO_TEXT = "|".join([*LANGUAGE_COLUMNS, *LABEL_COLUMNS, "answer|choices|options|.*id|unnamed.*"])
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
     CODES = {name.lower(): code for code, name in json.load(f).items()}
@@ -51,7 +50,7 @@ class Query:
     id: str             # the file's own, else the row's number, from 1
     label: str          # harmful | benign | qa | mixed
     text: dict          # language -> query
-    extra: dict         # every column of the row, by its name in lower case; EN: certainly English
+    extra: dict         # every column of the row, its name in lower case, but a language's as EN
     answer: str = None  # of qa rows; a letter where there are choices
     choices: list = field(default_factory=list)
     key: str = ""       # what split() hashes: the English text, asked for or not, or the first
@@ -60,41 +59,41 @@ class Query:
 def load_queries(path, langs, label=None):
     """Parallel queries -> list of Query, each with a text in every one of `langs`.
 
-    path: a file, or "en=FILE,jv=FILE". label: harmful | benign | mixed | qa, of data without
-    a label column; None is harmful. ValueError, of one line, for what cannot be read.
+    path: a file, or "en=FILE,jv=FILE". langs: in lower case. label: harmful | benign | mixed | qa,
+    of data without a label column; None is harmful. ValueError, of one line, for what cannot be
+    read.
     stderr gets how many rows were read, used and skipped, and why. A question's choices and answer
     are those of the last of `langs`, where each language has its own.
     """
     path = os.fspath(path)
-    langs = [lang.strip() for lang in langs if lang.strip()]
-    if not langs or label not in (None, "harmful", "benign", "mixed", "qa"):
-        raise ValueError("give a language or more, and a label that is harmful, benign, mixed or "
-                         f"qa: not {langs} and {str(label)[:60]!r}")
+    if label not in (None, "harmful", "benign", "mixed", "qa"):
+        raise fail(path, f"its label is harmful, benign, mixed or qa, not {label!r}")
     rows = read_parallel(path, langs)
     columns = find_columns(rows)
-    texts = {lang: find_own(path, columns, lang) for lang in [*langs, "en"]}
-    if not texts["en"]:
-        texts["en"] = find_one(path, [name for name in columns if name in ALIASES], "en")
+    english = [name for name in columns if name in ALIASES]
+    if english and "EN" not in columns:
+        rename(path, rows, english, "en")
+        columns = find_columns(rows)
     for lang in langs:
-        if not texts[lang]:
+        if lang.upper() not in columns:
             raise fail(path, f"no column for language {lang}: found {', '.join(columns)[:150]}; "
-                             f"a file that is all {lang} is given as {lang}=FILE")
+                             f"call it {lang}, or give a file that is all {lang} as {lang}=FILE")
     label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
-    if not label_column:
-        label = label or assume_label(path, rows, columns)
+    if not label and not label_column:
+        if "answer" in columns:
+            raise fail(path, "has answers and no label: say what its rows are, as by --label qa")
+        tell(path, f"no column label or expected_behavior in {', '.join(columns)[:150]}: every row "
+                   "is taken as harmful")
+        label = "harmful"
 
     queries = []
     skipped = Counter()
     for n, row in enumerate(rows, 1):
         try:
-            row_label = read_label(row, label_column) if label_column else label
-            queries.append(read_query(row, n, langs, texts, row_label))
+            queries.append(read_query(row, n, langs, label, label_column))
         except (RecursionError, TypeError, ValueError) as reason:
             skipped[str(reason)[:80]] += 1
     settle_answers(path, [query for query in queries if query.choices])
-    bare = [query.answer for query in queries if query.label == "qa" and not query.choices]
-    if bare and all(re.fullmatch("[A-J]", answer) for answer in bare):
-        raise fail(path, "its answers are letters, and there are no choices: call them choices")
 
     counts = f"{len(rows)} rows read, {len(queries)} used, {skipped.total()} skipped"
     if skipped:
@@ -126,29 +125,22 @@ def normalise(text):
 
 # --- what is told
 
-def one_line(text):
-    """Any text as one printable line of at most 400 characters."""
-    return "".join(c if c.isprintable() else " " for c in text[:400])
-
-
 def fail(path, problem):
-    """The ValueError for a file, its message one bounded line."""
-    return ValueError(one_line(f"{path[-120:]}: {problem}"))
+    """The ValueError for a file, its message one printable line of at most 400 characters."""
+    line = f"{path[-120:]}: {problem}"[:400]
+    return ValueError("".join(c if c.isprintable() else " " for c in line))
 
 
+@functools.cache
 def tell(path, what):
     """A line on stderr, once in a process: a file is loaded for one language after another."""
-    line = str(fail(path, what))
-    if line not in TOLD:
-        print(line, file=sys.stderr)
-    TOLD.add(line)
+    print(fail(path, what), file=sys.stderr)
 
 
 # --- a file -> rows: {column: cell}
 
-@functools.lru_cache(maxsize=16)
-def parse_file(path, modified, size):
-    """A file of any format -> rows, which nobody changes."""
+def parse_file(path):
+    """A file of any format -> rows."""
     with open(path, encoding="utf-8-sig", newline="") as f:
         text = f.read().rstrip("\r\n")
     if "\0" in text:
@@ -175,25 +167,15 @@ def parse_json(text):
         rows = rows.get("safety", rows)
     if not isinstance(rows, list):
         rows = [rows]
-    rows = [row if isinstance(row, dict) else {BARE: row} for row in rows]
-    for row in rows:
-        check_names(row)
-    return rows
+    return [row if isinstance(row, dict) else {BARE: row} for row in rows]
 
 
 def read_object(pairs):
-    """A JSON object. ValueError where two values have one name."""
-    row = dict(pairs)
+    """{name: value}, names in lower case. ValueError where two values have one name."""
+    row = {name.strip().lower(): value for name, value in pairs}
     if len(row) < len(pairs):
         raise ValueError("has a duplicate column")
     return row
-
-
-def check_names(names):
-    """ValueError where two columns have one name."""
-    found = Counter(name.strip().lower() for name in names)
-    if [name for name, n in found.items() if name and n > 1]:
-        raise ValueError("has a duplicate column")
 
 
 def find_delimiter(first, ending):
@@ -208,10 +190,9 @@ def find_delimiter(first, ending):
 
 def parse_table(text, ending):
     """CSV, TSV or a query a line -> rows."""
-    first = re.match(r"[^\r\n]*", text.lstrip("\r\n"))[0]
+    text = re.sub(r"\A[\r\n]*sep=.[\r\n]+", "", text)  # Excel's first line
+    first = re.search(r"[^\r\n]+|$", text)[0]
     delimiter = find_delimiter(first, ending)
-    if first == f"sep={delimiter}":  # Excel's first line
-        text = text.lstrip("\r\n").removeprefix(first).lstrip("\r\n")
     is_qa = delimiter == "\t" and re.fullmatch(QUESTION_AND_ANSWER, first)
     quoting = csv.QUOTE_NONE if is_qa or delimiter == LINES else csv.QUOTE_MINIMAL
     csv.field_size_limit(1 << 22)  # 128 KiB otherwise: less than a long document
@@ -227,11 +208,11 @@ def parse_table(text, ending):
         return [{BARE: "".join(cells)} for cells in lines]  # blank ones keep their place
     lines = [cells for cells in lines if cells]
     columns = [BARE, "answer"] if is_qa else lines.pop(0)
-    check_names(columns)
+    rows = []
     for n, cells in enumerate(lines, 1):
         if len(cells) != len(columns):
             raise ValueError(f"row {n} has {len(cells)} cells instead of {len(columns)}")
-    rows = [dict(zip(columns, cells)) for cells in lines]
+        rows.append(read_object([pair for pair in zip(columns, cells) if pair[0].strip()]))
     return [{**row, "label": "qa"} for row in rows] if is_qa else rows
 
 
@@ -240,81 +221,68 @@ def parse_table(text, ending):
 def read_parallel(path, langs):
     """A file, or a file per language -> wide rows."""
     first, *named = re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
-    if first or os.path.exists(path):
+    if first:
         return read_file(path, langs)
     files = dict(zip(map(str.lower, named[::2]), named[1::2]))
-    if not {lang.lower() for lang in langs} <= set(files) or 2 * len(files) < len(named):
+    if not set(langs) <= set(files) or 2 * len(files) < len(named):
         raise fail(path, f"name one file for each of {', '.join(langs)}, and none twice")
 
-    parts = [read_file(file, [lang], is_named=True) for lang, file in files.items()]
-    keys = find_keys([name for name in find_columns(parts[0]) if name.endswith("id")], parts)
+    parts = {lang: read_file(file, [lang], is_named=True) for lang, file in files.items()}
+    keys = find_keys(parts)
     if len(keys) > 1:  # by the one called id, or by none
-        keys = ["id"] if "id" in keys else []
-    ids = [[clean(row.get("id")) for row in part] for part in parts]
+        keys = [key for key in keys if key == "id"]
+    ids = [tuple(clean(row.get("id")) for row in part) for part in parts.values()]
     counts = [len(cells) for cells in ids]
-    known = {tuple(cells) for cells in ids if any(cells)}
+    known = {cells for cells in ids if any(cells)}
     if not keys and (len(known) > 1 or len(set(counts)) > 1):
         raise fail(path, f"unmatched ids, or numbers of rows ({counts}): give each row an id that "
                          "is once in every file")
     if len(parts) > 1:
         how = f"on {keys[0]}" if keys else "by position: no one unique id is in all"
         tell(path, f"joined {how}")
-    return join(parts, keys, list(files).index(langs[-1].lower()))
+    return join(parts, keys, langs[-1])
 
 
 def read_file(path, langs, is_named=False):
-    """A file -> wide rows, where a column EN holds English for certain.
+    """A file -> wide rows, where EN is the column of English.
 
     is_named: the file was named for its language, langs[0].
     """
     try:
-        file = os.path.expanduser(path)
-        found = os.stat(file)
-        rows = parse_file(file, found.st_mtime_ns, found.st_size)
+        rows = parse_file(path)
     except (OSError, RecursionError, ValueError) as e:
-        problem = getattr(e, "strerror", None) or e
-        raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
+        raise fail(path, f"{e}; give UTF-8 CSV, TSV, JSONL or JSON") from None
     if find_columns(rows) == [BARE]:
         rows = read_header(path, rows, langs)
-    rows = [{name.strip().lower(): cell for name, cell in row.items()} for row in rows]
 
     columns = find_columns(rows)
-    language = find_language(rows, columns, langs)
-    for column, lang in ROW_NUMBERS.items():
-        is_row_id = is_named and column == "id" or find_own(path, columns, lang)
-        if not is_row_id and holds_texts(rows, column, lang in langs and not language):
-            move(rows, column, lang)
-            columns = find_columns(rows)
+    numbers = [name for name in ROW_NUMBERS
+               if all(re.fullmatch(ROW_ID, clean(row.get(name))) for row in rows)]
+    if is_named and columns != ["id"]:
+        numbers.append("id")
+    for lang in sorted({*CODES.values(), *langs}):
+        own = [name for name in columns if read_code(name) == lang and name not in numbers]
+        if len(own) > 1:
+            own = [name for name in own if name not in ROW_NUMBERS]
+        if own:
+            rename(path, rows, own, lang)
 
-    if language and not all(find_own(path, columns, lang) for lang in langs):
+    columns = find_columns(rows)
+    language = next((name for name in LANGUAGE_COLUMNS if name in columns), None)
+    if language and not {lang.upper() for lang in langs} <= set(columns):
         return widen(path, rows, columns, langs, language)
     if is_named or len(langs) == 1 and BARE in columns:
-        move(rows, find_text(path, columns, langs[0]), langs[0])
+        rename(path, rows, find_texts(columns, langs[0]), langs[0])
     return rows
 
 
-def find_language(rows, columns, langs):
-    """The column that names a row's language, or None. By another name than language or lang it
-    counts only where rows differ in it, or it holds what is asked for."""
-    for name in [name for name in LANGUAGE_COLUMNS if name in columns]:
-        codes = {read_code(clean(row.get(name))) for row in rows}
-        if name in LANGUAGE_COLUMNS[:2] or len(codes) > 1 or set(langs) <= codes:
-            return name
-
-
-def holds_texts(rows, column, is_asked_for):
-    """Whether a column that might number the rows holds texts: of several words, or (is_asked_for)
-    without digits."""
-    cells = list(filter(None, (clean(row.get(column)) for row in rows)))
-    text = "".join(cells)
-    is_text = re.search(r"\s", text) or is_asked_for and re.fullmatch(r"\D+", text)
-    return is_text and not all(re.fullmatch(ROW_ID, cell) for cell in cells)
-
-
-def move(rows, column, lang):
-    """A column's cells to where a language's texts are."""
+def rename(path, rows, columns, lang):
+    """The one column of columns gets its language's name: the code in capitals."""
+    if len(columns) != 1:
+        names = ", ".join(columns)[:150] or "no column"
+        raise fail(path, f"{names} may be {lang}: call one column {lang}, and no other")
     for row in rows:
-        row[lang.upper()] = row.pop(column, row.get(BARE))
+        row[lang.upper()] = row.pop(columns[0], None)
 
 
 def read_header(path, rows, langs):
@@ -326,7 +294,7 @@ def read_header(path, rows, langs):
     tell(path, f"its first line, {first[:60]!r}, is taken for {taken}")
     if not is_name:
         return rows
-    return [{first: row.get(BARE)} for row in rows[cells.index(first) + 1:]]
+    return [{first.lower(): row.get(BARE)} for row in rows[cells.index(first) + 1:]]
 
 
 def widen(path, rows, columns, langs, language):
@@ -341,47 +309,50 @@ def widen(path, rows, columns, langs, language):
 
     groups = {lang: group for lang, group in groups.items() if lang in (*langs, "en")}
     for lang, group in groups.items():  # English as well: split() goes by it
-        move(group, find_text(path, columns, lang, "translated"), lang)
-    parts = list(groups.values())
-    keys = find_keys([name for name in columns if name.endswith("id")], parts)
+        rename(path, group, find_texts(columns, lang, "translated"), lang)
+    keys = find_keys(groups)
     if len(keys) == 1:
-        return join(parts, keys, list(groups).index(langs[-1]))
+        return join(groups, keys, langs[-1])
     if len(langs) > 1:
         raise fail(path, "its rows are joined on the one column ending in id that is unique in "
                          f"each language and the same in all: that is true of {keys}")
     return groups[langs[0]]
 
 
-def find_keys(columns, parts):
-    """The columns that have the same values in every part, and no value twice."""
+def find_keys(parts):
+    """The columns ending in id that have the same values in every part, and no value twice."""
+    first, *_ = parts.values()
     keys = []
-    for column in columns:
-        first, *others = [sorted(clean(row.get(column)) for row in part) for part in parts]
-        is_unique = "" not in first and len(set(first)) == len(first)
-        if is_unique and all(other == first for other in others):
+    for column in [name for name in find_columns(first) if name.endswith("id")]:
+        values = [sorted(clean(row.get(column)) for row in part) for part in parts.values()]
+        distinct = sorted({*values[0]} - {""})
+        if all(cells == distinct for cells in values):
             keys.append(column)
     return keys
 
 
-def join(parts, keys, own):
-    """Rows of several parts, by keys[0] or else by position, in the order of the first. What a cell
-    of parts[own] says stays; labels that differ are none."""
-    tables = []
-    for part in parts:
-        tables.append({clean(row[keys[0]]) if keys else n: row for n, row in enumerate(part)})
+def join(parts, keys, lang):
+    """Rows of {language: rows}, joined on keys[0] or else by position, in the order of the first.
+    A text is its own part's, another cell what lang's row says, or the first that says anything;
+    labels that differ are none."""
+    groups = {}
+    for name, part in parts.items():
+        for n, row in enumerate(part, 1):
+            key = clean(row[keys[0]]) if keys else n
+            groups.setdefault(key, {})[name] = row
+
     joined = []
-    for key in tables[0]:
-        rows = [table[key] for table in tables]
-        said = {name: cell for name, cell in rows[own].items() if clean(cell)}
-        row = dict(ChainMap(said, *rows))
+    for key, rows in groups.items():
+        row = {code.upper(): said.get(code.upper()) for code, said in rows.items()}
+        for said in [rows[lang], *rows.values()]:
+            for name, cell in said.items():
+                if not clean(row.get(name)):
+                    row[name] = cell
         for column in LABEL_COLUMNS:
-            labels = list(filter(None, (clean(row.get(column)) for row in rows)))
-            if len({find_label(label) for label in labels}) > 1:
+            labels = [clean(said.get(column)) for said in rows.values()]
+            if len({find_label(label) for label in labels if label}) > 1:
                 row[column] = f"differs: {', '.join(labels)}"
-            elif labels:
-                row[column] = labels[0]
-        if keys:
-            row.setdefault("id", key)
+        row.setdefault("id", key)
         joined.append(row)
     return joined
 
@@ -395,40 +366,20 @@ def find_columns(rows):
 
 def read_code(name):
     """The language that a column or a language's name is of, if it is of one."""
-    name = name.strip().lower().removeprefix("prompt_")
+    name = name.lower().removeprefix("prompt_")
     return CODES.get(name, name)
 
 
-def find_own(path, columns, lang):
-    """The column that names its language, or None."""
-    if lang.upper() in columns:  # for certain, see move
-        return lang.upper()
-    own = [name for name in columns if name not in ROW_NUMBERS and read_code(name) == lang.lower()]
-    return find_one(path, own, lang)
-
-
-def find_one(path, columns, lang):
-    """The one column of columns, None of none. ValueError for several."""
-    if len(columns) > 1:
-        raise fail(path, f"each of {', '.join(columns)[:150]} may be {lang}: leave one, called "
-                         f"{lang}")
-    return columns[0] if columns else None
-
-
-def find_text(path, columns, lang, hint="translat"):
-    """The column of texts where the language is known."""
-    own = find_own(path, columns, lang)
+def find_texts(columns, lang, hint="translat"):
+    """The columns that may hold the texts of a file or of rows whose language is known."""
+    if lang.upper() in columns:
+        return [lang.upper()]
     translated = [name for name in columns if "translated" in name]
-    if own or len(translated) == 1 and lang != "en":
-        return own or translated[0]
+    if len(translated) == 1 and lang != "en":
+        return translated
     found = [name for name in columns if name in ALIASES or hint in name]
-    if not found:
-        found = [name for name in columns if not re.fullmatch(NO_TEXT, name)
-                 and read_code(name) not in CODES.values()]
-    if len(found) != 1 and columns != ["id"]:
-        names = ", ".join(found or columns)[:150]
-        raise fail(path, f"no column, or more than one, may be {lang}: {names}; call it {lang}")
-    return (found or columns)[0]
+    return found or [name for name in columns if not re.fullmatch(NO_TEXT, name)
+                     and not name.isupper()]
 
 
 def clean(value):
@@ -438,9 +389,14 @@ def clean(value):
 
 # --- wide rows -> queries
 
-def read_query(row, n, langs, texts, label):
-    """A row -> Query. ValueError with the reason if there is none in it."""
-    cells = {lang: read_cell(row.get(column)) for lang, column in texts.items()}
+def read_query(row, n, langs, label, label_column):
+    """A row -> Query, of its own label where there is a column. ValueError with the reason if there
+    is none in it."""
+    if label_column:
+        label = find_label(clean(row.get(label_column)))
+    if not label:
+        raise ValueError(f"{label_column} {row.get(label_column)!r}")
+    cells = {lang: read_cell(row.get(lang.upper())) for lang in [*langs, "en"]}
     missing = [lang for lang in langs if not cells[lang]]
     if missing:
         raise ValueError(f"without a text in {' and '.join(missing)}")
@@ -452,6 +408,8 @@ def read_query(row, n, langs, texts, label):
         query.choices = read_choices(row)
         if not query.answer:
             raise ValueError("qa without an answer")
+        if not query.choices and re.fullmatch("[A-J]", query.answer):
+            raise ValueError("qa whose answer is a letter, and no choices: call them choices")
     json.dumps(vars(query), ensure_ascii=False).encode()  # raises on lone surrogates
     return query
 
@@ -473,25 +431,6 @@ def find_label(text):
     return match and match.lastgroup
 
 
-def read_label(row, column):
-    """The label of a row. ValueError if there is none."""
-    label = find_label(clean(row.get(column)))
-    if not label:
-        raise ValueError(f"{column} {row.get(column)!r}")
-    return label
-
-
-def assume_label(path, rows, columns):
-    """harmful, and says so; with answers a label is asked for."""
-    if "answer" in columns:
-        raise fail(path, "has answers and no label: say what its rows are, as by --label qa")
-    few = [name for name in columns
-           if name.islower() and len({str(row.get(name)) for row in rows}) <= 3]
-    tell(path, "no column label or expected_behavior: every row is taken as harmful; of few "
-               f"values, so perhaps a label: {few}")
-    return "harmful"
-
-
 def read_scalar(value):
     """A text or a number as text. ValueError for what holds several."""
     if isinstance(value, (list, dict)):
@@ -503,45 +442,45 @@ def read_choices(row):
     """A question's choices, {name: text}: of the column choices or options, or of a column each;
     [] without any."""
     value = row.get("choices") or row.get("options")
-    if isinstance(value, str) and value:
+    if value and isinstance(value, str):
         value = json.loads(value)
-    if isinstance(value, list) and value and isinstance(value[0], dict):
+    if value and isinstance(value, list) and isinstance(value[0], dict):
         if {"label", "text"} - set.intersection(*map(set, value)):
             raise ValueError("choices need a label and a text each")
-        value = {name: [one[name] for one in value] for name in ("label", "text")}
+        value = {one["label"]: one["text"] for one in value}
     if isinstance(value, list):
         value = {"text": value}
     if not isinstance(value, dict):
         value = {name[-1]: row[name] for name in row if re.fullmatch(CHOICE, name)}
-    if "text" in value:
-        names = value.get("label", LETTERS)
-        if len(value["text"]) > len(names):
-            raise ValueError("more choices than letters or labels")
-        value = dict(zip(names, value["text"]))
-    choices = {str(name).upper(): read_scalar(text) for name, text in value.items() if clean(text)}
-    if len(choices) > len(LETTERS):
-        raise ValueError("more choices than letters")
+
+    if "text" not in value:
+        value = {"label": list(value), "text": list(value.values())}
+    names = value.get("label", LETTERS)
+    texts = value["text"]
+    if len(texts) > min(len(names), len(LETTERS)):
+        raise ValueError("more choices than letters or labels")
+    choices = {str(name).upper(): read_scalar(text) for name, text in zip(names, texts)
+               if clean(text)}
     return choices if len(choices) > 1 else []
 
 
 def settle_answers(path, queries):
     """Answers -> the letters of their choices, if one reading alone fits the whole file; choices ->
     lists of their texts. In place."""
-    numbers = [str(n) for n in range(99)]
-    places = []
+    found = []
     for query in queries:
         answer = query.answer.upper()
         texts = [text.upper() for text in query.choices.values()]
-        readings = [list(query.choices), texts, numbers, numbers[1:]]
-        places.append([names.index(answer) if answer in names[:len(texts)] else None
-                       for names in readings])
+        numbers = [str(n) for n in range(len(texts) + 1)]
+        readings = [list(query.choices), texts, numbers[:-1], numbers[1:]]
+        found.append([LETTERS[names.index(answer)] if answer in names else None
+                      for names in readings])
 
-    possible = {reading for reading in zip(*places) if None not in reading}
+    possible = {letters for letters in zip(*found) if all(letters)}
     if queries and len(possible) != 1:
-        bad = [query.id for query, found in zip(queries, places) if found.count(None) == 4]
-        bad = bad or [query.id for query in queries]
-        raise fail(path, f"its answers have {len(possible)} readings as letters, texts or indices, "
-                         f"from 0 or from 1, of their choices; give letters (see rows {bad[:3]})")
-    for query, place in zip(queries, *possible):
-        query.answer = LETTERS[place]
+        bad = [query.id for query, letters in zip(queries, found) if not any(letters)]
+        raise fail(path, f"its answers have {len(possible)} readings as letters, texts or indices "
+                         f"(from 0 or 1) of their choices; give letters (none in rows {bad[:3]})")
+    for query, letter in zip(queries, *possible):
+        query.answer = letter
         query.choices = list(query.choices.values())

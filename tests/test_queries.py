@@ -98,15 +98,13 @@ def test_reads_multijail_with_bom_crlf_and_newlines_in_cells(write):
     ("a.csv", "en;zh-cn\nhi;你\nyo, you;哟\n"),
     ("a.csv", "en|zh-cn\nhi|你\nyo, you|哟\n"),
     ("a.csv", "sep=;\nen;zh-cn\nhi;你\nyo, you;哟\n"),
-    ("a.csv", 'sep=,\r\nEnglish,prompt_zh-cn\r\nhi,你\r\n"yo, you",哟\r\n'),
-    ("a.csv", '"EN","ZH-CN"\nhi,你\n"yo, you",哟\n'),
+    ("a.csv", '"EN","prompt_ZH-CN"\r\nhi,你\r\n"yo, you",哟\r\n'),
     ("a.csv", ' en , zh-cn \nhi,你\n"yo, you",哟\n'),
     ("a.csv", ";en;zh-cn\n0;hi;你\n1;yo, you;哟\n"),
     ("a.csv", 'Unnamed: 0,en,zh-cn\n0,hi,你\n1,"yo, you",哟\n'),
     ("a.tsv", "note on it\tEnglish\tzh-cn\n\thi\t你\n\tyo, you\t哟\n"),
     ("a.txt", "en\tzh-cn\r\nhi\t你\r\nyo, you\t哟\r\n"),
     ("a.jsonl", '{"en": "hi", "zh-cn": "你"}\n\n {"En ": "yo, you", "zh-cn": "哟"}\n'),
-    ("a.json", '{"en": "hi", "zh-cn": "你"}\r\n{"en": "yo, you", "zh-cn": "哟"}\r\n'),
     ("a.json", '[\n  {"en": "hi", "zh-cn": "你"},\n  {"en": "yo, you", "zh-cn": "哟"}\n]'),
     ("a.json", '{"safety": [{"en": "hi", "zh-cn": "你"}, {"en": "yo, you", "zh-cn": "哟"}]}'),
     ("noextension", '\ufeff{"en": "hi", "zh-cn": "你"}\n{"en": "yo, you", "zh-cn": "哟"}'),
@@ -139,9 +137,8 @@ def test_several_columns_of_one_language_are_refused(write, header, lang):
 
 
 @pytest.mark.parametrize("chat", [
-    [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "no"}],
+    [{"from": "human", "value": "Hello"}, {"from": "human", "value": "no"}],
     [{"role": "system", "content": "no"}, {"role": "user", "content": "Hello"}],
-    [{"role": "user", "content": "Hello"}, {"role": "user", "content": "no"}],
 ])
 def test_a_chat_list_is_its_first_human_turn_in_json_and_in_csv(write, chat):
     quoted = json.dumps(chat).replace('"', '""')
@@ -160,8 +157,7 @@ def test_text_that_only_begins_like_a_list_stays_text(write):
     ("id,en\n7,hi\n", ["en"], "7", "hi"),
     ("en,id\nhi,Apa kabar\n", ["en"], "1", "hi"),
     ("en,id\nhi,Apa kabar\n", ["en", "id"], "1", "Apa kabar"),
-    ("en,id\nhi,Hai\n", ["id"], "1", "Hai"),
-    ("id,en,prompt_id\n7,hi,Hai\n", ["en", "id"], "7", "Hai"),
+    ("id,en,prompt_id\n7,hi,Apa kabar\n", ["en", "id"], "7", "Apa kabar"),
     ("id,Indonesian\n7,Hai\n", ["id"], "7", "Hai"),
     ("id,en\nrow 1,hi\n", ["en"], "row 1", "hi"),
 ])
@@ -171,15 +167,10 @@ def test_the_column_id_is_row_ids_or_indonesian(write, content, langs, row_id, t
     assert query.text[langs[-1]] == text
 
 
-@pytest.mark.parametrize("row_id", ["q1", "row 1"])
-def test_row_ids_are_never_taken_for_indonesian(write, row_id):
-    assert "language id" in error(write("a.csv", f"id,en\n{row_id},hi\n"), ["en", "id"])
-
-
 def test_in_a_pair_of_files_the_column_id_always_joins(write_each):
-    path = write_each(en=[{"id": 7, "prompt": "hi"}], id="id,prompt\n7,Hai\n")
+    path = write_each(en=[{"id": "a b", "prompt": "hi"}], id="id,prompt\na b,Hai\n")
     [query] = load_queries(path, ["en", "id"])
-    assert query.id == "7"
+    assert query.id == "a b"
     assert query.text == {"en": "hi", "id": "Hai"}
 
 
@@ -197,7 +188,9 @@ def test_a_column_that_names_the_language_gives_rows_of_that_language_only(write
     path = write("a.csv", LONG)
     assert read(path, "ru") == ["один"]
     assert read(path, "en") == ["one", "two"]
-    assert "language: {'en': 2, 'sw': 2, 'ru': 1}" in capsys.readouterr().err
+    held = "{'en': 2, 'sw': 2, 'ru': 1}"
+    assert f"language: {held}" in capsys.readouterr().err
+    assert held in error(path, ["en", "jv"])
 
 
 def test_long_rows_are_joined_on_the_id_that_the_languages_share(write):
@@ -216,11 +209,6 @@ def test_long_rows_need_one_shared_id_and_no_more(write):
     two = "id,uid,lang,prompt\n1,1,en,hi\n1,1,sw,hujambo\n"
     assert "'id', 'uid'" in error(write("two.csv", two), ["en", "sw"])
     assert "ending in id" in error(write("odd.csv", one + "2,sw,habari\n"), ["en", "sw"])
-
-
-def test_a_language_that_the_column_does_not_hold_is_an_error_that_says_what_it_holds(write):
-    message = error(write("a.csv", LONG), ["en", "jv"])
-    assert "jv" in message and "ru" in message
 
 
 # --- a file per language
@@ -251,7 +239,7 @@ def test_files_whose_rows_do_not_match_are_an_error(write_each, en, jv, complain
 
 @pytest.mark.parametrize("jv", [
     ["siji", "loro", "telu"],
-    {"safety": ["siji", [{"role": "user", "content": "loro"}], {"prompt": "telu"}]},
+    {"safety": ["siji", [{"role": "user", "content": "loro"}], "telu"]},
     '"siji"\r\n"loro"\r\n"telu"\r\n',
 ])
 def test_files_without_ids_are_joined_by_position_and_it_says_so(write_each, capsys, jv):
@@ -273,7 +261,7 @@ def test_ids_that_are_there_twice_join_nothing(write_each):
     "instruction,instruction_translated\nEnglish,Ciao\n",
     "prompt,prompt_it\nEnglish,Ciao\n",
     "prompt,Italian\nEnglish,Ciao\n",
-    "id,query,label\n1,Ciao,safe\n",
+    "id,query,label,options\n1,Ciao,safe,[]\n",
     "en,goal\nEnglish,Ciao\n",
     "prompt,literal_translation,language\nCiao,English,Italian\n",
     "id,lang,text\n1,it,Ciao\n",
@@ -284,7 +272,6 @@ def test_a_file_named_for_its_language_is_read_in_that_language(write_each, cont
 
 @pytest.mark.parametrize("lang, header", [
     ("it", "prompt,translation"),
-    ("it", "prompt,goal"),
     ("it", "query,source"),
     ("en", "instruction,instruction_translated"),
 ])
@@ -294,12 +281,14 @@ def test_where_two_columns_may_be_the_language_both_are_named(write_each, lang, 
 
 
 def test_a_file_named_for_another_language_is_not_read_for_its_english_column(write_each):
-    assert "en" in error(write_each(bbc="id,en\n1,hi\n"), ["bbc"])
+    assert "no column may be bbc" in error(write_each(bbc="id,en\n1,hi\n"), ["bbc"])
+    assert "no column may be jv" in error(write_each(jv="sw\nHabari yako\n"), ["jv"])
     assert "ru" in error(write_each(en="language,prompt\nru,один\n"), ["en"])
 
 
-def test_a_column_of_another_files_language_gives_way_to_that_file(write_each):
-    assert read(write_each(jv="en,prompt\nstale,hai\n", en="hi you\n")) == ["hi you"]
+def test_a_column_of_another_rows_language_gives_way_to_that_row(write_rows):
+    path = write_rows("id,prompt,jv", en=["1,hi you,stale"], jv=["1,,hai"])
+    assert load_queries(path, ["jv", "en"])[0].text == {"en": "hi you", "jv": "hai"}
 
 
 def test_each_language_needs_one_file_and_only_one(write_each):
@@ -312,18 +301,6 @@ def test_a_language_named_in_capitals_is_the_same(write):
     en = write("en.txt", "how are you\n")
     zh = write("zh.txt", "nihao\n")
     assert read(f"EN={en},zh-CN={zh}", "zh-cn") == ["nihao"]
-
-
-def test_a_tilde_is_the_home_folder(write, monkeypatch, tmp_path):
-    write("a.csv", "en,jv\nhi,hai\n")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert read("en=~/a.csv") == ["hi"]
-
-
-def test_a_path_that_exists_is_a_path_whatever_it_looks_like(write, monkeypatch, tmp_path):
-    write("en=a.csv", "en,jv\nhi,hai\n")
-    monkeypatch.chdir(tmp_path)
-    assert read("en=a.csv") == ["hi"]
 
 
 # --- no header
@@ -346,10 +323,6 @@ def test_lines_of_text_may_hold_commas_quotes_and_semicolons(write):
 def test_the_name_of_a_column_is_taken_for_one_and_it_says_so(write_each, capsys, lang, first):
     assert read(write_each(**{lang: f"{first}\nA text.\n"}), lang) == ["A text."]
     assert f"'{first.strip()}', is taken for the column's name" in capsys.readouterr().err
-
-
-def test_a_header_that_names_another_language_is_an_error(write_each):
-    assert "sw" in error(write_each(jv="sw\nHabari yako\n"), ["jv"])
 
 
 def test_empty_columns_and_blank_rows_do_not_move_the_rows(write_each):
@@ -399,17 +372,14 @@ def test_label_wins_over_expected_behavior_and_both_over_the_flag(write):
 
 
 @pytest.mark.parametrize("flag, label", [
-    (None, "harmful"), ("benign", "benign"), ("mixed", "mixed")])
+    (None, "harmful"), ("mixed", "mixed")])
 def test_without_a_label_column_rows_are_harmful_or_what_the_flag_says(write, flag, label):
     assert load_queries(write("a.csv", "en,jv\nhi,hai\n"), ["en"], flag)[0].label == label
 
 
 def test_what_was_assumed_is_said_with_the_columns_that_may_be_a_label(write, capsys):
-    rows = [{"en": f"text {n}", "note": f"n{n}", "binary": n % 2, "expected": "refuse"}
-            for n in range(4)]
-    read(write("a.jsonl", rows))
-    told = capsys.readouterr().err
-    assert "harmful" in told and "['binary', 'expected']" in told
+    read(write("a.csv", "en,binary\nhi,1\n"))
+    assert "in binary, EN: every row is taken as harmful" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("en, jv, label", [
@@ -450,8 +420,6 @@ def test_a_qa_row_without_an_answer_is_skipped_and_one_of_0_is_not(write, capsys
 @pytest.mark.parametrize("columns", [
     {"choices": ["red", 0, "blue"]},
     {"choices": '["red", 0, "blue"]'},
-    {"options": ["red", 0, "blue"]},
-    {"choices": {"text": ["red", 0, "blue"], "label": ["A", "B", "C"]}},
     {"choices": {"text": ["red", 0, "blue"], "label": ["1", "2", "3"]}},
     {"choices": [
         {"label": "A", "text": "red"}, {"label": "B", "text": 0}, {"label": "C", "text": "blue"}]},
@@ -471,7 +439,6 @@ WORDS = [f"word {i}" for i in range(40)]
 
 @pytest.mark.parametrize("row", [
     {"answer": "word 0", "choices": WORDS},
-    {"answer": "word 0", "choices": {word: word for word in WORDS}},
     {"answer": "B", "choices": [["A", "red"], ["B", "blue"]]},
     {"answer": "blue", "choices": [{"text": "red"}, {"text": "blue"}]},
     {"answer": ["red", "blue"]},
@@ -522,18 +489,6 @@ def test_a_question_has_the_choices_and_the_answer_of_its_language(
     assert (query.choices, query.answer) == (choices, answer)
 
 
-def test_an_answer_that_one_language_alone_has_is_the_querys(write_rows):
-    path = write_rows("id,prompt,answer", en=["1,Two and two?,4"], sw=["1,Mbili na mbili?,"])
-    [query] = load_queries(path, ["sw"], label="qa")
-    assert query.answer == "4"
-
-
-def test_a_file_of_a_language_may_hold_options(write_each):
-    row = {"question": "Which?", "options": ["red", "blue"], "answer": "B"}
-    [query] = load_queries(write_each(jv=[row]), ["jv"], label="qa")
-    assert (query.text["jv"], query.choices) == ("Which?", ["red", "blue"])
-
-
 # --- what is skipped, what is an error, what is told
 
 def test_rows_blank_in_an_asked_language_are_skipped_and_counted(write, capsys):
@@ -544,7 +499,7 @@ def test_rows_blank_in_an_asked_language_are_skipped_and_counted(write, capsys):
 
 
 @pytest.mark.parametrize("cell", [
-    5, {"a": "b"}, [], ["text"], [{"role": "assistant", "content": "x"}],
+    5, ["text"], [{"role": "assistant", "content": "x"}],
     "[{'role': 'user', 'content': 'a Python repr'}]", [{"role": "user", "content": 3}],
     '[{"role": "user", "content": "\\ud800"}]',
 ])
@@ -553,29 +508,17 @@ def test_cells_that_hold_no_human_text_are_skipped(write, capsys, cell):
     assert "2 rows read, 1 used, 1 skipped (1 " in capsys.readouterr().err
 
 
-def test_names_within_a_cell_are_its_own_matter(write):
-    assert read(write("a.jsonl", '{"en": "a", "meta": {"ID": 1, "id": 2}}')) == ["a"]
-
-
-def test_a_file_is_opened_and_told_once_and_again_when_it_changed(write, capsys, monkeypatch):
+def test_a_file_is_told_once_and_read_again_when_it_changed(write, capsys):
     path = write("a.csv", "en,jv\nhi,hai\n")
-    load_queries(path, ["en", "jv"])
-    told = capsys.readouterr().err
-    with monkeypatch.context() as closed:
-        closed.setattr("builtins.open", None)
-        [first] = load_queries(path, ["jv"])
-        first.extra["jv"] = "changed"
-        assert texts(load_queries(path, ["jv", "en"]), "jv") == ["hai"]
-    assert told.count("1 used") == 1
-    assert capsys.readouterr().err == ""
+    read(path)
+    assert read(path, "jv") == ["hai"]
+    assert capsys.readouterr().err.count("1 used") == 1
     write("a.csv", "en,jv\nhi,hai\nyo,halo\n")
-    assert len(load_queries(path, ["jv"])) == 2
+    assert read(path, "jv") == ["hai", "halo"]
 
 
 @pytest.mark.parametrize("name, content, complaint", [
     ("a.csv", "", "empty"),
-    ("a.csv", "\ufeff \n", "no usable row"),
-    ("a.csv", "id,en\n1,\n2, \n", "2 skipped (2 without a text in en)"),
     ("a.csv", "en,jv\n\0,b\n", "NUL"),
     ("a.csv", "en,jv\n", "no rows"),
     ("a.csv", b"en\n\xff\xfe\n", "utf-8"),
@@ -584,12 +527,11 @@ def test_a_file_is_opened_and_told_once_and_again_when_it_changed(write, capsys,
     ("a.csv", 'en,jv\na,"b\nc,d\n', "line 3: unexpected end"),
     ("a.csv", "en\n" + "x" * (1 << 22) + "x\n", "line 2: field larger"),
     ("a.csv", "en,label\n" + "".join(f"a,odd {n}\n" for n in range(99)), "99 skipped (1 label"),
-    ("a.csv", "sv,da\na,b\n", "language en: found sv, da; a file that is all en"),
+    ("a.csv", "sv,da\na,b\n", "language en: found da, SV; call it en"),
     ("a.csv", ",".join(f"c{n}" for n in range(9999)) + "\n" + "," * 9998 + "x", "no column"),
     ("a.json", "", "JSON"),
     ("a.json", "null", "1 skipped (1 without a text in en)"),
     ("a.json", '{"Prompt": "a", "prompt": "b"}', "duplicate column"),
-    ("a.json", '{"en": "a", "en": "b"}', "duplicate column"),
     ("a.json", '{"en": "a"}\n\n{"en": "b" "c"}\n', "line 3"),
     ("a.json", '[\n{"en": "a"},\n{"en" "b"}]', "line 3"),
     ("a.json", "[" * 99999, "recursion"),
@@ -603,7 +545,7 @@ def test_a_file_that_cannot_be_read_is_one_line_that_names_it(write, name, conte
 
 
 @pytest.mark.parametrize("path", [
-    "absent.csv", "en=absent.csv", ".", "", "a\0b", "x" * 9999, "en="])
+    "en=absent.csv", ".", "", "a\0b", "x" * 9999])
 def test_a_path_that_cannot_be_opened_is_one_line(path):
     error(path, ["en"])
 
@@ -613,10 +555,8 @@ def test_long_cells_are_read(write):
     assert read(write("a.csv", f"en,jv\n{long},y\n")) == [long]
 
 
-def test_a_language_must_be_asked_for_and_a_label_be_known(write):
-    path = write("a.csv", "en,jv\nhi,hai\n")
-    assert "language" in error(path, [])
-    assert "'odd'" in error(path, ["en"], label="odd")
+def test_a_label_must_be_known(write):
+    assert "'odd'" in error(write("a.csv", "en,jv\nhi,hai\n"), ["en"], label="odd")
 
 
 # --- split
@@ -712,8 +652,6 @@ def test_ids_are_no_indonesian_and_row_numbers_no_norwegian(write):
     path = write("a.csv", "prompt_id,language,prompt\n17,en,Hello?\n17,id,Halo?\n")
     [query] = load_queries(path, ["id"])
     assert query.text == {"id": "Halo?"} and query.id == "17" and query.key == "Hello?"
-    assert "no column for language id" in error(
-        write("b.csv", "prompt_id,en\na1,Hello?\n"), ["en", "id"])
     numbered = write("c.csv", "No,en,nb\n1,Hello?,Hei?\n")
     assert "no column for language no" in error(numbered, ["en", "no"])
     spoken = write("d.csv", "en,prompt_id,no\nHello?,Apa kabar?,Hei du?\n")
@@ -721,21 +659,13 @@ def test_ids_are_no_indonesian_and_row_numbers_no_norwegian(write):
     assert texts(load_queries(spoken, ["no"]), "no") == ["Hei du?"]
 
 
-@pytest.mark.parametrize("name", ["prompt_id", "qid", "uuid"])
 def test_a_file_a_language_is_joined_on_the_id_that_they_share_whatever_it_is_called(
-        write, capsys, name):
-    english = write("en.csv", f"{name},en\n1,Hello?\n2,Goodbye?\n")
-    swahili = write("sw.csv", f"{name},sw\n2,Kwaheri?\n1,Habari?\n")
-    queries = load_queries(f"en={english},sw={swahili}", ["en", "sw"])
+        write_each, capsys):
+    path = write_each(en="prompt_id,en\n1,Hello?\n2,Goodbye?\n",
+                      sw="prompt_id,sw\n2,Kwaheri?\n1,Habari?\n")
+    queries = load_queries(path, ["en", "sw"])
     assert texts(queries, "sw") == ["Habari?", "Kwaheri?"] and ids(queries) == ["1", "2"]
-    assert f"joined on {name}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["language_code", "lang_code", "locale", "prompt_language"])
-def test_a_column_of_languages_is_known_by_its_other_names(write, name):
-    path = write("a.csv", f"prompt,{name},row_id\nHello?,en,1\nHabari?,sw,1\n")
-    assert texts(load_queries(path, ["en"]), "en") == ["Hello?"]
-    assert texts(load_queries(path, ["sw"]), "sw") == ["Habari?"]
+    assert "joined on prompt_id" in capsys.readouterr().err
 
 
 def test_where_two_ids_are_shared_the_rows_are_joined_by_position_and_it_says_so(
@@ -752,8 +682,6 @@ def test_where_a_column_holds_indonesian_english_beside_it_is_not_read_for_it(wr
     assert read(form.format(spoken), "id") == ["Apa ini ya", "Selamat pagi kawan"]
     long = write("b.csv", "lang,prompt,prompt_id\nid,What is,Apa ini ya\n")
     assert read(form.format(long), "id") == ["Apa ini ya"]
-    alone = write("c.csv", "source,prompt_id\nweb,Apa ini ya\n")
-    assert read(form.format(alone), "id") == ["Apa ini ya"]
 
 
 def test_ids_of_letters_stay_ids_beside_a_column_of_indonesian(write):
@@ -762,12 +690,9 @@ def test_ids_of_letters_stay_ids_beside_a_column_of_indonesian(write):
     assert texts(queries, "id") == ["c d", "g h"] and ids(queries) == ["hate", "other things"]
 
 
-@pytest.mark.parametrize("code", ["en-US", "eng_Latn", "English"])
-def test_a_locale_that_is_the_same_in_all_rows_says_nothing(write, code):
-    wide = write("a.csv", f"prompt,jv,locale\nHello?,Halo?,{code}\nBye?,Dah?,{code}\n")
-    assert texts(load_queries(wide, ["en", "jv"]), "jv") == ["Halo?", "Dah?"]
-    several = write("b.csv", f"prompt,locale\nHello?,{code}\nHabari?,sw-KE\n")
-    if code == "English":
-        assert read(several) == ["Hello?"]
-    else:
-        assert "locale" in error(several, ["en"])
+def test_a_column_of_languages_has_other_names_and_counts_unless_each_has_a_column(write):
+    long = write("a.csv", "prompt,prompt_language\nHello?,en\nHabari?,sw\n")
+    assert read(long, "sw") == ["Habari?"]
+    wide = write("b.csv", "en,jv,locale\nHello?,Halo?,en-US\n")
+    assert read(wide, "jv") == ["Halo?"]
+    assert "locale" in error(write("c.csv", "prompt,locale\nHello?,en-US\n"), ["en"])
