@@ -59,16 +59,16 @@ class Query:
 def load_queries(path, langs, label=None):
     """Parallel queries -> list of Query, each with a text in every one of `langs`.
 
-    path: a file, or "en=FILE,jv=FILE". langs: in lower case. label: harmful | benign | mixed | qa,
-    of data without a label column; None is harmful. ValueError, of one line, for what cannot be
-    read.
+    path: a file, or "en=FILE,jv=FILE". label: harmful | benign | mixed | qa, of data without
+    a label column; None is harmful. ValueError, of one line, for what cannot be read.
     stderr gets how many rows were read, used and skipped, and why. A question's choices and answer
     are those of the last of `langs`, where each language has its own.
     """
     path = os.fspath(path)
-    if label not in (None, "harmful", "benign", "mixed", "qa"):
-        raise fail(path, f"its label is harmful, benign, mixed or qa, not {label!r}")
-    rows = read_parallel(path, langs)
+    if not langs or label not in (None, "harmful", "benign", "mixed", "qa"):
+        raise fail(path, f"give a language or more, not {langs}, and a label that is harmful, "
+                         f"benign, mixed or qa, not {label!r}")
+    rows = read_parallel(path, [lang.lower() for lang in langs])
     columns = find_columns(rows)
     english = [name for name in columns if name in ALIASES]
     if english and "EN" not in columns:
@@ -139,8 +139,9 @@ def tell(path, what):
 
 # --- a file -> rows: {column: cell}
 
-def parse_file(path):
-    """A file of any format -> rows."""
+@functools.lru_cache(maxsize=16)
+def parse_file(path, modified):
+    """A file of any format -> rows, which nobody changes. modified: its time, in ns."""
     with open(path, encoding="utf-8-sig", newline="") as f:
         text = f.read().rstrip("\r\n")
     if "\0" in text:
@@ -249,7 +250,8 @@ def read_file(path, langs, is_named=False):
     is_named: the file was named for its language, langs[0].
     """
     try:
-        rows = parse_file(path)
+        file = os.path.expanduser(path)
+        rows = list(map(dict, parse_file(file, os.stat(file).st_mtime_ns)))
     except (OSError, RecursionError, ValueError) as e:
         raise fail(path, f"{e}; give UTF-8 CSV, TSV, JSONL or JSON") from None
     if find_columns(rows) == [BARE]:
@@ -268,12 +270,21 @@ def read_file(path, langs, is_named=False):
             rename(path, rows, own, lang)
 
     columns = find_columns(rows)
-    language = next((name for name in LANGUAGE_COLUMNS if name in columns), None)
+    language = find_language(rows, columns, langs)
     if language and not {lang.upper() for lang in langs} <= set(columns):
         return widen(path, rows, columns, langs, language)
     if is_named or len(langs) == 1 and BARE in columns:
         rename(path, rows, find_texts(columns, langs[0]), langs[0])
     return rows
+
+
+def find_language(rows, columns, langs):
+    """The column that names a row's language, or None. By another name than language or lang it
+    counts only where rows differ in it, or it holds what is asked for."""
+    for name in [name for name in LANGUAGE_COLUMNS if name in columns]:
+        codes = {read_code(clean(row.get(name))) for row in rows}
+        if name in LANGUAGE_COLUMNS[:2] or len(codes) > 1 or set(langs) <= codes:
+            return name
 
 
 def rename(path, rows, columns, lang):

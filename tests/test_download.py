@@ -249,6 +249,12 @@ def test_what_is_not_there_or_not_the_file_is_a_line_with_its_url(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dead_server_is_a_line(tmp_path):
+    base = "http://127.0.0.1:1"
+    assert base + MULTIJAIL in fail(base, tmp_path, "multijail")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_full_disk_leaves_nothing_half_written(site, tmp_path):
     few_bytes = ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh", sys.executable]
     assert "too large" in fail(site.base, tmp_path, "multijail", python=few_bytes)

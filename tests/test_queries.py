@@ -303,6 +303,12 @@ def test_a_language_named_in_capitals_is_the_same(write):
     assert read(f"EN={en},zh-CN={zh}", "zh-cn") == ["nihao"]
 
 
+def test_a_tilde_is_the_home_folder(write, monkeypatch, tmp_path):
+    write("a.csv", "en,jv\nhi,hai\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read("en=~/a.csv") == ["hi"]
+
+
 # --- no header
 
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "noextension"])
@@ -508,13 +514,19 @@ def test_cells_that_hold_no_human_text_are_skipped(write, capsys, cell):
     assert "2 rows read, 1 used, 1 skipped (1 " in capsys.readouterr().err
 
 
-def test_a_file_is_told_once_and_read_again_when_it_changed(write, capsys):
+def test_a_file_is_opened_and_told_once_and_again_when_it_changed(write, capsys, monkeypatch):
     path = write("a.csv", "en,jv\nhi,hai\n")
-    read(path)
-    assert read(path, "jv") == ["hai"]
-    assert capsys.readouterr().err.count("1 used") == 1
+    load_queries(path, ["en", "jv"])
+    told = capsys.readouterr().err
+    with monkeypatch.context() as closed:
+        closed.setattr("builtins.open", None)
+        [first] = load_queries(path, ["jv"])
+        first.extra["jv"] = "changed"
+        assert texts(load_queries(path, ["jv", "en"]), "jv") == ["hai"]
+    assert told.count("1 used") == 1
+    assert capsys.readouterr().err == ""
     write("a.csv", "en,jv\nhi,hai\nyo,halo\n")
-    assert read(path, "jv") == ["hai", "halo"]
+    assert len(load_queries(path, ["jv"])) == 2
 
 
 @pytest.mark.parametrize("name, content, complaint", [
@@ -555,8 +567,10 @@ def test_long_cells_are_read(write):
     assert read(write("a.csv", f"en,jv\n{long},y\n")) == [long]
 
 
-def test_a_label_must_be_known(write):
-    assert "'odd'" in error(write("a.csv", "en,jv\nhi,hai\n"), ["en"], label="odd")
+def test_a_language_must_be_asked_for_and_a_label_be_known(write):
+    path = write("a.csv", "en,jv\nhi,hai\n")
+    assert "language" in error(path, [])
+    assert "'odd'" in error(path, ["en"], label="odd")
 
 
 # --- split
@@ -690,9 +704,19 @@ def test_ids_of_letters_stay_ids_beside_a_column_of_indonesian(write):
     assert texts(queries, "id") == ["c d", "g h"] and ids(queries) == ["hate", "other things"]
 
 
-def test_a_column_of_languages_has_other_names_and_counts_unless_each_has_a_column(write):
-    long = write("a.csv", "prompt,prompt_language\nHello?,en\nHabari?,sw\n")
-    assert read(long, "sw") == ["Habari?"]
-    wide = write("b.csv", "en,jv,locale\nHello?,Halo?,en-US\n")
-    assert read(wide, "jv") == ["Halo?"]
-    assert "locale" in error(write("c.csv", "prompt,locale\nHello?,en-US\n"), ["en"])
+@pytest.mark.parametrize("name", ["language_code", "lang_code", "locale", "prompt_language"])
+def test_a_column_of_languages_is_known_by_its_other_names(write, name):
+    path = write("a.csv", f"prompt,{name},row_id\nHello?,en,1\nHabari?,sw,1\n")
+    assert texts(load_queries(path, ["en"]), "en") == ["Hello?"]
+    assert texts(load_queries(path, ["sw"]), "sw") == ["Habari?"]
+
+
+@pytest.mark.parametrize("code", ["en-US", "eng_Latn", "English"])
+def test_a_locale_that_is_the_same_in_all_rows_says_nothing(write, code):
+    wide = write("a.csv", f"prompt,jv,locale\nHello?,Halo?,{code}\nBye?,Dah?,{code}\n")
+    assert texts(load_queries(wide, ["en", "jv"]), "jv") == ["Halo?", "Dah?"]
+    several = write("b.csv", f"prompt,locale\nHello?,{code}\nHabari?,sw-KE\n")
+    if code == "English":
+        assert read(several) == ["Hello?"]
+    else:
+        assert "locale" in error(several, ["en"])
