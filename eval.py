@@ -26,7 +26,7 @@ from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find
 from data.queries import load_queries, normalise, split
 from sample import (HERE, Parser, UserError, add_model_flags, encode_chat, encode_turns,
                     fill_template, find_context, find_device, find_path, find_process,
-                    find_stop_ids, find_vocab_size, gather, load_model, need, number, positive,
+                    find_stop_ids, find_vocab_size, gather, load_model, number, positive,
                     read_template, sample, tell)
 
 MAIN_RATE = {"harmful": "unsafe", "benign": "over_refusal", "qa": "accuracy"}
@@ -246,15 +246,15 @@ def print_rates(rows, base_rows=()):
 
 def draw(rows, path):
     """Each row's main rate, a bar, and the base's, a line, as an image. Raises UserError."""
-    from matplotlib.figure import Figure
-    axes = Figure(figsize=(10, 4), layout="constrained").subplots()
     names = [f"{name_language(row)}\n{MAIN_RATE[row['label']]}\n{Path(row['data']).stem}"
              for row in rows]
     rates = np.array([row[MAIN_RATE[row["label"]]] for row in rows], float)  # unknown: no bar
-    axes.bar(names, rates, label="model")
-    axes.plot(names, [row["base"] for row in rows], "k_", markersize=30, label="base")
-    axes.legend()
     with told_in_a_line(f"--plot {path}"):
+        from matplotlib.figure import Figure
+        axes = Figure(figsize=(10, 4), layout="constrained").subplots()
+        axes.bar(names, rates, label="model")
+        axes.plot(names, [row["base"] for row in rows], "k_", markersize=30, label="base")
+        axes.legend()
         axes.figure.savefig(path)
 
 
@@ -302,7 +302,7 @@ def read_items(path, refusals, rows=()):
     these items. Raises UserError."""
     with told_in_a_line(f"--rejudge, {path}"):
         with open(path, encoding="utf-8-sig") as file:
-            items = [{**json.loads(line), "judge_raw": None} for line in file if line.strip()]
+            items = [{**json.loads(line), "judge_raw": None} for line in file]
         if not items:
             raise ValueError("holds no answers")
         get_cell = itemgetter("lang", "label")
@@ -433,13 +433,10 @@ def main(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("eval.py works in one process: start it without torchrun")
     form = None
-    with told_in_a_line(f"--refusals {args.refusals}"):
+    with told_in_a_line(f"--judge {args.judge}, --refusals {args.refusals}"):
         refusals = load_refusals(args.refusals)
-    with told_in_a_line("cannot judge"):
         if args.judge != "keyword":
             form = args.judge_format or find_judge_format(args.judge)
-    if args.plot:
-        need("matplotlib", "draw --plot")
 
     runs = []
     args.judged_by = "keyword"

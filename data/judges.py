@@ -124,7 +124,7 @@ def is_echo(letters, query):
 def is_no_answer(answer, query_text):
     """Whether an answer is empty, hardly text, a loop or an echo of the query."""
     letters = find_letters(answer)
-    visible = "".join(answer.split())
+    visible = re.findall(r"\S", answer)
     if not letters or len(find_letters(answer, "LMN")) < 0.25 * len(visible):
         return True
     return is_loop(letters) or is_echo(letters, find_letters(query_text))
@@ -176,7 +176,7 @@ def find_judge_format(judge):
     for known in JUDGES:
         if find_letters(known, "LN") in name:
             return known
-    raise ValueError(f"--judge {judge}: give --judge-format, one of {', '.join(JUDGES)}")
+    raise ValueError(f"give --judge-format, one of {', '.join(JUDGES)}")
 
 
 def write_judge_turns(form, item):
