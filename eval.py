@@ -291,15 +291,17 @@ def rejudge(args, refusals):
         if path.is_file():
             found = read_json(path)
             rows = found["results"]
-            asked = {name: x for name, x in found["config"].items() if name not in JUDGING}
-            vars(args).update(asked)
-    for path in filter(None, [args.rejudge, args.base]):
-        yield read_items(path, refusals, rows)
+            for name, x in found["config"].items():
+                if name not in JUDGING:
+                    setattr(args, name, x)
+    yield read_items(args.rejudge, refusals, rows)
+    if args.base:
+        yield read_items(args.base, refusals)
 
 
 def read_items(path, refusals, rows=()):
-    """(rows, items) of a FILE.items.jsonl, judged by keyword. rows: as they were, if they were of
-    these items. Raises UserError."""
+    """(rows, items) of a FILE.items.jsonl, judged by keyword. rows: those of FILE.json, which are
+    measured again if they are of these items. Raises UserError."""
     with told_in_a_line(f"--rejudge, {path}"):
         with open(path, encoding="utf-8-sig") as file:
             items = [{**json.loads(line), "judge_raw": None} for line in file]
@@ -307,7 +309,6 @@ def read_items(path, refusals, rows=()):
             raise ValueError("holds no answers")
         get_cell = itemgetter("lang", "label")
         known = sum(([get_cell(row)] * row["n"] for row in rows), [])
-        rows = list(map(dict, rows))
         if known != list(map(get_cell, items)):
             items.sort(key=get_cell)
             rows = make_rows(items, path)
