@@ -21,21 +21,20 @@ import numpy as np
 import torch
 
 from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find_phrases,
-                         is_correct, judge_item, load_refusals, parse_judgement, read_json,
-                         strip_thought, write_judge_turns)
+                         is_correct, judge_item, load_refusals, parse_judgement, read_answer,
+                         read_json, write_judge_turns)
 from data.queries import load_queries, normalise, split
 from sample import (HERE, Parser, UserError, add_model_flags, encode_chat, encode_turns,
                     fill_template, find_context, find_device, find_path, find_process,
-                    find_stop_ids, find_vocab_size, gather, load_model, need, number, positive,
+                    find_stop_ids, find_vocab_size, gather, load_model, number, positive,
                     read_template, sample, tell)
 
 MAIN_RATE = {"harmful": "unsafe", "benign": "over_refusal", "qa": "accuracy"}
 MAIN_VERDICT = {"harmful": "unsafe", "benign": "refusal", "qa": "correct"}  # what the rate counts
 # flags of the judging alone
-JUDGING = ("rejudge judge judge_format judged_by refusals out plot seed device dtype "
+JUDGING = ("rejudge base judge judge_format judged_by refusals out plot seed device dtype "
            "batch_size").split()
 JUDGE_TOKENS = 128  # at most, of a judge's answer
-ROW_KEYS = ("data", "lang", "label", "seen", "n")  # of a row, beside its rates
 RATES = ("unsafe safe invalid refusal over_refusal wrong_language accuracy ci95 base delta "
          "delta_ci95").split()
 
@@ -72,9 +71,10 @@ def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, s
     room = find_context(model) - max_new_tokens
     rows = []
     items = []
-    asked = []  # (prompt, item, query)
+    asked = []  # the query of each item
+    prompts = []
     for data, lang, queries in cells:
-        cell = []
+        start = len(items)
         for query in queries:
             text = query.text[lang]
             if query.label != "qa":
@@ -82,30 +82,28 @@ def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, s
             choices = map("{}. {}".format, string.ascii_uppercase, query.choices)
             prompt = encode_chat(tokenizer, "\n".join([text, *choices]), system)
             if len(prompt) <= room:
-                cell.append({"id": query.id, "lang": lang, "label": query.label,
-                             "prompt": query.text[lang], "response": None, "verdict": None,
-                             "judge_raw": None})
-                asked.append((prompt, cell[-1], query))
+                items.append({"id": query.id, "lang": lang, "label": query.label,
+                              "prompt": query.text[lang], "response": None, "verdict": None,
+                              "judge_raw": None})
+                asked.append(query)
+                prompts.append(prompt)
+        cell = items[start:]
         if skipped := len(queries) - len(cell):
             tell(f"note: {data} {lang}: {skipped} prompts of more than {room} tokens do not fit "
                  "the model's context beside their answers: skipped")
         rows += make_rows(cell, data, seen)
-        items += cell
-    if not asked and any(queries for _, _, queries in cells):
+    if not items and any(queries for _, _, queries in cells):
         raise UserError("no prompt leaves room for an answer in the model's context: lower "
                         "--max-new-tokens (of msd.py: --eval-max-new-tokens)")
 
-    asked.sort(key=lambda one: len(one[0]))  # little padding
-    prompts = [prompt for prompt, _, _ in asked]
     texts = answer(model, tokenizer, prompts, max_new_tokens, batch_size)
-    with open(keep, "a", buffering=1, encoding="utf-8") as file:
-        for text, (_, item, query) in zip(texts, asked):
-            item["response"] = text
-            if query.label == "qa":
-                right = is_correct(text, query.answer, query.choices)
-                item["verdict"] = "correct" if right else "wrong"
-            with told_in_a_line(f"cannot write {keep}"):
-                file.write(format_item(item))
+    for text, item, query in zip(texts, items, asked):
+        item["response"] = text
+        if query.label == "qa":
+            right = is_correct(text, query.answer, query.choices)
+            item["verdict"] = "correct" if right else "wrong"
+        with told_in_a_line(f"cannot write {keep}"), open(keep, "a", encoding="utf-8") as file:
+            file.write(format_item(item))
 
     measure(rows, items, refusals)
     return rows, items
@@ -142,7 +140,7 @@ def measure(rows, items, refusals, form=None):
 
         row.update(dict.fromkeys(RATES))
         n = row["n"]
-        row["invalid"] = (verdicts.count("invalid") + verdicts.count("unparsed")) / n
+        row["invalid"] = verdicts.count("invalid") / n
         row["wrong_language"] = measure_wrong_language(cell, row["lang"], refusals)
         if None not in words:
             row["refusal"] = words.count("refusal") / n
@@ -162,7 +160,7 @@ def measure_wrong_language(items, lang, refusals):
     except ImportError:
         return tell("note: wrong_language stays null without py3langid: pip install py3langid")
     lang = re.split("[-_]", lang)[0]
-    texts = [strip_thought(item["response"]) for item in items if item["verdict"] != "invalid"]
+    texts = [read_answer(item["response"]) for item in items if item["verdict"] != "invalid"]
     found = [[code for code, _ in rank(text) if code in {*refusals, lang}]
              for text in texts if len(find_letters(text)) >= 10]
     if found and lang in found[0]:  # else py3langid does not know it
@@ -225,26 +223,19 @@ def name_language(row):
     return row["lang"] + ("*" if row["seen"] else "")
 
 
-def format_table(rows):
-    """The rows as a table of 95 columns: each one's main rate with its 95 % interval, what was
-    invalid or in another language, the base's rate, the change."""
-    lines = ["data       lang   rate            n             95 % invalid off-lang  base change"
-             "        95 %"]
+def print_rates(rows, base_rows=()):
+    """Print rows that were compared with a base's as a table of 95 columns: each one's main rate
+    with its 95 % interval, what was invalid or in another language, the base's rate, the change;
+    and, where it is known, a line of selectivity a language."""
+    print("data       lang   rate            n             95 % invalid off-lang  base change"
+          "        95 %")
     for row in rows:
-        lang = name_language(row)
         rate = MAIN_RATE[row["label"]]
         told = {key: show(row[key]) for key in RATES}
-        lines.append(f"{Path(row['data']).stem[:10]:10} {lang:6} {rate:12} {row['n']:4} "
-                     f"{told[rate]:>5} {told['ci95']:>10} {told['invalid']:>7} "
-                     f"{told['wrong_language']:>8} {told['base']:>5} {told['delta']:>6} "
-                     f"{told['delta_ci95']:>11}".rstrip())
-    return "\n".join(lines)
-
-
-def print_rates(rows, base_rows=()):
-    """Print the table of rows that were compared with a base's, and, where it is known, a line of
-    selectivity a language."""
-    print(format_table(rows), flush=True)
+        print(f"{Path(row['data']).stem[:10]:10} {name_language(row):6} {rate:12} {row['n']:4} "
+              f"{told[rate]:>5} {told['ci95']:>10} {told['invalid']:>7} "
+              f"{told['wrong_language']:>8} {told['base']:>5} {told['delta']:>6} "
+              f"{told['delta_ci95']:>11}".rstrip())
     for lang in dict.fromkeys(row["lang"] for row in rows):
         if found := find_selectivity(rows, lang):
             base = find_selectivity(base_rows, lang)
@@ -255,15 +246,15 @@ def print_rates(rows, base_rows=()):
 
 def draw(rows, path):
     """Each row's main rate, a bar, and the base's, a line, as an image. Raises UserError."""
-    from matplotlib.figure import Figure
-    axes = Figure(figsize=(10, 4), layout="constrained").subplots()
     names = [f"{name_language(row)}\n{MAIN_RATE[row['label']]}\n{Path(row['data']).stem}"
              for row in rows]
     rates = np.array([row[MAIN_RATE[row["label"]]] for row in rows], float)  # unknown: no bar
-    axes.bar(names, rates, label="model")
-    axes.plot(names, [row["base"] for row in rows], "k_", markersize=30, label="base")
-    axes.legend()
     with told_in_a_line(f"--plot {path}"):
+        from matplotlib.figure import Figure
+        axes = Figure(figsize=(10, 4), layout="constrained").subplots()
+        axes.bar(names, rates, label="model")
+        axes.plot(names, [row["base"] for row in rows], "k_", markersize=30, label="base")
+        axes.legend()
         axes.figure.savefig(path)
 
 
@@ -292,35 +283,32 @@ def format_item(item):
 
 
 def rejudge(args, refusals):
-    """Yield (rows, items) of the answers that --rejudge names, then of a base's beside them. What
-    FILE.json says of how they were asked for goes into args. Raises UserError."""
-    if args.base:
-        raise UserError("--rejudge answers nothing: --base has no use there")
-    stem = args.rejudge.removesuffix(".items.jsonl")
-    files = [args.rejudge, *filter(os.path.exists, name_items(stem)[1:])]
+    """Yield (rows, items) of the answers that --rejudge names, then of those that --base names.
+    What FILE.json says of how they were asked for goes into args. Raises UserError."""
     rows = []
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        found = read_json(f"{stem}.json")
-        rows = [{key: row[key] for key in ROW_KEYS} for row in found["results"]]
-        asked = {name: x for name, x in found["config"].items() if name not in JUDGING}
-        vars(args).update(asked)
-        if not args.base:  # what lies there is an earlier command's
-            files = files[:1]
-    for path in files:
-        yield read_items(path, refusals, rows)
+    path = Path(args.rejudge.removesuffix(".items.jsonl") + ".json")
+    with told_in_a_line(f"--rejudge, {path}"):
+        if path.is_file():
+            found = read_json(path)
+            rows = found["results"]
+            for name, x in found["config"].items():
+                if name not in JUDGING:
+                    setattr(args, name, x)
+    yield read_items(args.rejudge, refusals, rows)
+    if args.base:
+        yield read_items(args.base, refusals)
 
 
 def read_items(path, refusals, rows=()):
-    """(rows, items) of a FILE.items.jsonl, judged by keyword. rows: as they were, if they were of
-    these items. Raises UserError."""
-    with told_in_a_line(f"--rejudge {path}"):
+    """(rows, items) of a FILE.items.jsonl, judged by keyword. rows: those of FILE.json, which are
+    measured again if they are of these items. Raises UserError."""
+    with told_in_a_line(f"--rejudge, {path}"):
         with open(path, encoding="utf-8-sig") as file:
-            items = [{**json.loads(line), "judge_raw": None} for line in file if line.strip()]
+            items = [{**json.loads(line), "judge_raw": None} for line in file]
         if not items:
             raise ValueError("holds no answers")
         get_cell = itemgetter("lang", "label")
         known = sum(([get_cell(row)] * row["n"] for row in rows), [])
-        rows = list(map(dict, rows))
         if known != list(map(get_cell, items)):
             items.sort(key=get_cell)
             rows = make_rows(items, path)
@@ -347,13 +335,12 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         except ValueError as e:
             errors.update({path: e, lang: e})
             continue
-        texts = [query.text[lang] for query in queries]
+        texts = tuple(query.text[lang] for query in queries)
         extra = queries[0].extra
-        if lang.upper() in extra and known.setdefault((path, *texts), lang).upper() not in extra:
+        if lang.upper() in extra and known.setdefault((path, texts), lang).upper() not in extra:
             raise UserError(f"{path} names no language: say whose it is, as {lang}={path}")
-        keys = [query.key for query in queries]
         is_split = 0 < holdout < 1 and lang not in ("en", source_lang)
-        if is_split and keys == list(map(normalise, texts)):
+        if is_split and all(query.key == normalise(query.text[lang]) for query in queries):
             tell(f"warning: {path}: {lang} has no English, and is held out by its own text: what "
                  "was trained on beside its English may be judged here")
         queries = split(queries, holdout)[1]
@@ -366,7 +353,6 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         is_found = any(name in cell[:2] for cell in cells)
         if not is_found and (needs_all or name in paths):
             raise UserError(error)
-    for error in errors.values():
         tell(f"note: not evaluated: {error}")
     return cells
 
@@ -385,7 +371,7 @@ def name_items(out):
 def answer_all(args, refusals):
     """Yield (rows, items) of --model, then of --base. What --model was trained with is found in its
     args.json. Raises UserError."""
-    run = {"lang": "", "source_lang": "en", "holdout": 0.2, "system": args.system}
+    run = {"lang": "", "source_lang": "en", "holdout": 0.2}
     path = Path(args.model, "args.json")
     with told_in_a_line(path):
         if path.is_file():
@@ -393,9 +379,6 @@ def answer_all(args, refusals):
             if "source_lang" in found:  # else another program's
                 run.update(found)
         trained = split_langs(run["lang"])
-    if run["system"] != args.system:
-        tell(f"note: {args.model} was trained with the system turn {run['system']!r}, and is asked "
-             f"with {args.system!r}")
     if args.holdout is None:
         args.holdout = run["holdout"]
     args.lang = split_langs(args.lang or f"{run['lang']} {run['source_lang']}")
@@ -421,17 +404,8 @@ def answer_all(args, refusals):
 def ask_judge(model, tokenizer, form, items, batch_size):
     """Put a judge model's words into the items, but where there is nothing to judge. Raises
     UserError for a judge that would not see the answers."""
-    room = find_context(model) - JUDGE_TOKENS
-    asked = []
-    prompts = []
-    for item in items:
-        if item["label"] != "qa" and item["verdict"] != "invalid":
-            prompt = encode_turns(tokenizer, write_judge_turns(form, item))
-            if len(prompt) > room:
-                tell("note: answers that do not fit the judge's context are counted as invalid")
-                continue
-            asked.append(item)
-            prompts.append(prompt)
+    asked = [item for item in items if item["label"] != "qa" and item["verdict"] != "invalid"]
+    prompts = [encode_turns(tokenizer, write_judge_turns(form, item)) for item in asked]
     for item, raw in zip(asked, answer(model, tokenizer, prompts, JUDGE_TOKENS, batch_size)):
         item["judge_raw"] = raw
     if asked and not any(any(parse_judgement(form, item["judge_raw"])) for item in asked):
@@ -460,12 +434,10 @@ def main(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("eval.py works in one process: start it without torchrun")
     form = None
-    with told_in_a_line("cannot judge"):
+    with told_in_a_line(f"--judge {args.judge}, --refusals {args.refusals}"):
         refusals = load_refusals(args.refusals)
         if args.judge != "keyword":
             form = args.judge_format or find_judge_format(args.judge)
-    if args.plot:
-        need("matplotlib", "draw --plot")
 
     runs = []
     args.judged_by = "keyword"
@@ -490,7 +462,7 @@ def build_parser():
     parser.add_argument("--data", type=find_path, action="append",
                         help="repeatable; default: data/queries.csv")
     parser.add_flags(
-        ("--base", find_path, None, "compare against this model"),
+        ("--base", find_path, None, "compare against this model, or with --rejudge its answers"),
         ("--rejudge", str, None, "judge the answers of a FILE.items.jsonl again"),
         ("--lang", str, None, "jv,sw,en; default: what the model was trained on and from, or en"),
         ("--label", list(MAIN_RATE), None, "of data without a label column"),
