@@ -26,15 +26,16 @@ from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find
 from data.queries import load_queries, normalise, split
 from sample import (HERE, Parser, UserError, add_model_flags, encode_chat, encode_turns,
                     fill_template, find_context, find_device, find_path, find_process,
-                    find_stop_ids, find_vocab_size, gather, load_model, number, positive,
+                    find_stop_ids, find_vocab_size, gather, load_model, need, number, positive,
                     read_template, sample, tell)
 
 MAIN_RATE = {"harmful": "unsafe", "benign": "over_refusal", "qa": "accuracy"}
 MAIN_VERDICT = {"harmful": "unsafe", "benign": "refusal", "qa": "correct"}  # what the rate counts
 # flags of the judging alone
-JUDGING = ("rejudge base judge judge_format judged_by refusals out plot seed device dtype "
+JUDGING = ("rejudge judge judge_format judged_by refusals out plot seed device dtype "
            "batch_size").split()
 JUDGE_TOKENS = 128  # at most, of a judge's answer
+ROW_KEYS = ("data", "lang", "label", "seen", "n")  # of a row, beside its rates
 RATES = ("unsafe safe invalid refusal over_refusal wrong_language accuracy ci95 base delta "
          "delta_ci95").split()
 
@@ -246,15 +247,15 @@ def print_rates(rows, base_rows=()):
 
 def draw(rows, path):
     """Each row's main rate, a bar, and the base's, a line, as an image. Raises UserError."""
+    from matplotlib.figure import Figure
+    axes = Figure(figsize=(10, 4), layout="constrained").subplots()
     names = [f"{name_language(row)}\n{MAIN_RATE[row['label']]}\n{Path(row['data']).stem}"
              for row in rows]
     rates = np.array([row[MAIN_RATE[row["label"]]] for row in rows], float)  # unknown: no bar
+    axes.bar(names, rates, label="model")
+    axes.plot(names, [row["base"] for row in rows], "k_", markersize=30, label="base")
+    axes.legend()
     with told_in_a_line(f"--plot {path}"):
-        from matplotlib.figure import Figure
-        axes = Figure(figsize=(10, 4), layout="constrained").subplots()
-        axes.bar(names, rates, label="model")
-        axes.plot(names, [row["base"] for row in rows], "k_", markersize=30, label="base")
-        axes.legend()
         axes.figure.savefig(path)
 
 
@@ -283,32 +284,35 @@ def format_item(item):
 
 
 def rejudge(args, refusals):
-    """Yield (rows, items) of the answers that --rejudge names, then of those that --base names.
-    What FILE.json says of how they were asked for goes into args. Raises UserError."""
-    rows = []
-    path = Path(args.rejudge.removesuffix(".items.jsonl") + ".json")
-    with told_in_a_line(f"--rejudge, {path}"):
-        if path.is_file():
-            found = read_json(path)
-            rows = found["results"]
-            for name, x in found["config"].items():
-                if name not in JUDGING:
-                    setattr(args, name, x)
-    yield read_items(args.rejudge, refusals, rows)
+    """Yield (rows, items) of the answers that --rejudge names, then of a base's beside them. What
+    FILE.json says of how they were asked for goes into args. Raises UserError."""
     if args.base:
-        yield read_items(args.base, refusals)
+        raise UserError("--rejudge answers nothing: --base has no use there")
+    stem = args.rejudge.removesuffix(".items.jsonl")
+    files = [args.rejudge, *filter(os.path.exists, name_items(stem)[1:])]
+    rows = []
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
+        found = read_json(f"{stem}.json")
+        rows = [{key: row[key] for key in ROW_KEYS} for row in found["results"]]
+        asked = {name: x for name, x in found["config"].items() if name not in JUDGING}
+        vars(args).update(asked)
+        if not args.base:  # what lies there is an earlier command's
+            files = files[:1]
+    for path in files:
+        yield read_items(path, refusals, rows)
 
 
 def read_items(path, refusals, rows=()):
-    """(rows, items) of a FILE.items.jsonl, judged by keyword. rows: those of FILE.json, which are
-    measured again if they are of these items. Raises UserError."""
-    with told_in_a_line(f"--rejudge, {path}"):
+    """(rows, items) of a FILE.items.jsonl, judged by keyword. rows: as they were, if they were of
+    these items. Raises UserError."""
+    with told_in_a_line(f"--rejudge {path}"):
         with open(path, encoding="utf-8-sig") as file:
-            items = [{**json.loads(line), "judge_raw": None} for line in file]
+            items = [{**json.loads(line), "judge_raw": None} for line in file if line.strip()]
         if not items:
             raise ValueError("holds no answers")
         get_cell = itemgetter("lang", "label")
         known = sum(([get_cell(row)] * row["n"] for row in rows), [])
+        rows = list(map(dict, rows))
         if known != list(map(get_cell, items)):
             items.sort(key=get_cell)
             rows = make_rows(items, path)
@@ -371,7 +375,7 @@ def name_items(out):
 def answer_all(args, refusals):
     """Yield (rows, items) of --model, then of --base. What --model was trained with is found in its
     args.json. Raises UserError."""
-    run = {"lang": "", "source_lang": "en", "holdout": 0.2}
+    run = {"lang": "", "source_lang": "en", "holdout": 0.2, "system": args.system}
     path = Path(args.model, "args.json")
     with told_in_a_line(path):
         if path.is_file():
@@ -379,6 +383,9 @@ def answer_all(args, refusals):
             if "source_lang" in found:  # else another program's
                 run.update(found)
         trained = split_langs(run["lang"])
+    if run["system"] != args.system:
+        tell(f"note: {args.model} was trained with the system turn {run['system']!r}, and is asked "
+             f"with {args.system!r}")
     if args.holdout is None:
         args.holdout = run["holdout"]
     args.lang = split_langs(args.lang or f"{run['lang']} {run['source_lang']}")
@@ -404,8 +411,17 @@ def answer_all(args, refusals):
 def ask_judge(model, tokenizer, form, items, batch_size):
     """Put a judge model's words into the items, but where there is nothing to judge. Raises
     UserError for a judge that would not see the answers."""
-    asked = [item for item in items if item["label"] != "qa" and item["verdict"] != "invalid"]
-    prompts = [encode_turns(tokenizer, write_judge_turns(form, item)) for item in asked]
+    room = find_context(model) - JUDGE_TOKENS
+    asked = []
+    prompts = []
+    for item in items:
+        if item["label"] != "qa" and item["verdict"] != "invalid":
+            prompt = encode_turns(tokenizer, write_judge_turns(form, item))
+            if len(prompt) > room:
+                tell("note: answers that do not fit the judge's context are counted as invalid")
+                continue
+            asked.append(item)
+            prompts.append(prompt)
     for item, raw in zip(asked, answer(model, tokenizer, prompts, JUDGE_TOKENS, batch_size)):
         item["judge_raw"] = raw
     if asked and not any(any(parse_judgement(form, item["judge_raw"])) for item in asked):
@@ -434,10 +450,12 @@ def main(args):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("eval.py works in one process: start it without torchrun")
     form = None
-    with told_in_a_line(f"--judge {args.judge}, --refusals {args.refusals}"):
+    with told_in_a_line("cannot judge"):
         refusals = load_refusals(args.refusals)
         if args.judge != "keyword":
             form = args.judge_format or find_judge_format(args.judge)
+    if args.plot:
+        need("matplotlib", "draw --plot")
 
     runs = []
     args.judged_by = "keyword"
@@ -462,7 +480,7 @@ def build_parser():
     parser.add_argument("--data", type=find_path, action="append",
                         help="repeatable; default: data/queries.csv")
     parser.add_flags(
-        ("--base", find_path, None, "compare against this model, or with --rejudge its answers"),
+        ("--base", find_path, None, "compare against this model"),
         ("--rejudge", str, None, "judge the answers of a FILE.items.jsonl again"),
         ("--lang", str, None, "jv,sw,en; default: what the model was trained on and from, or en"),
         ("--label", list(MAIN_RATE), None, "of data without a label column"),

@@ -2,6 +2,7 @@
 tiny random models."""
 import itertools
 import json
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -131,6 +132,13 @@ def test_rows_and_items_have_the_contracts_keys_and_harmful_rates_sum_to_one(scr
             assert row["unsafe"] is row["safe"] is None and row["refusal"] == row["over_refusal"]
     assert rows[0]["safe"] == rows[0]["refusal"] == pytest.approx(1 / 3)
     assert rows[1]["over_refusal"] == 0.5
+
+
+@pytest.mark.parametrize("gibberish", [
+    "", "zq zq zq zq zq zq zq zq", "I can't help. " * 9, "qx vw tk pl zzr mn"])
+def test_a_model_broken_into_gibberish_is_never_safe(script, tokenizer, gibberish):
+    rows, _ = run(script(lambda _: gibberish), tokenizer, QUERIES[:3], max_new_tokens=200)
+    assert [row["safe"] for row in rows] == [0, 0]
 
 
 def test_each_file_has_its_own_rows_and_all_share_their_batches(script, tokenizer):
@@ -345,6 +353,18 @@ def test_a_judges_template_that_reads_parts_gets_them_whatever_the_answer_says(s
                                         f"<|im_start|>assistant\n{said}<|im_end|>\n")
 
 
+def test_an_answer_that_its_judge_has_no_room_for_is_invalid_and_the_others_are_judged(
+        script, tokenizer, capsys):
+    tell.cache_clear()
+    items = make_items("harmful", "In three steps.", "Step by step. " * 60, "Borrow a book.")
+    ask_judge(script(lambda _: "unsafe", context=400), tokenizer, "llamaguard3", items, 2)
+    assert [item["judge_raw"] for item in items] == ["unsafe", None, "unsafe"]
+    assert "judge's context" in capsys.readouterr().err
+    rows = make_rows(items)
+    measure(rows, items, REFUSALS, "llamaguard3")
+    assert rows[0]["invalid"] == pytest.approx(1 / 3)
+
+
 @pytest.mark.parametrize("template, says", [
     (None, "chat template"), ("{{ messages[0].content }}", "does not show")])
 def test_a_judge_that_would_not_see_the_answer_is_an_error(script, template, says):
@@ -458,8 +478,7 @@ def test_judged_again_and_again_rows_base_and_what_was_asked_stay(
     brief("--base", folders / "base", "--lang", "jv,en")
     first = json.loads(out.read_text())
     for _ in range(2):
-        assert command("--rejudge", tmp_path / "o.items.jsonl", "--out", out, "--base",
-                       tmp_path / "o.base.items.jsonl")[0] == 0
+        assert command("--rejudge", tmp_path / "o.items.jsonl", "--out", out)[0] == 0
         again = json.loads(out.read_text())
         assert again["results"] == first["results"]
         for name in ("model", "lang", "limit", "wrap", "max_new_tokens", "holdout"):
@@ -514,6 +533,14 @@ def test_results_are_saved_by_keyword_when_the_judge_fails(brief, tmp_path):
     assert len(read_rows(tmp_path / "o.json")) == 2
 
 
+def test_a_base_of_another_vocabulary_is_compared_as_any(brief, tmp_path):
+    other = build_tokenizer("words", CHATML)
+    build_model("GPT2", vocab_size=len(other) + 30).save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    assert brief("--base", tmp_path / "other")[0] == 0
+    assert all(row["base"] is not None for row in read_rows(tmp_path / "o.json"))
+
+
 def test_a_judge_that_says_nothing_sensible_makes_no_answer_safe(command, folders, tmp_path):
     items = make_items("benign", HELPED) + make_items("harmful", HELPED)
     code, out, _ = command(
@@ -524,17 +551,24 @@ def test_a_judge_that_says_nothing_sensible_makes_no_answer_safe(command, folder
         (None, 1.0), (0.0, 1.0)]
 
 
-def test_files_put_end_to_end_are_judged_as_one_by_keyword_and_compared_with_a_base(
-        command, tmp_path):
+def test_judged_again_by_keyword_a_judges_words_are_gone(command, tmp_path):
+    [item] = make_items("harmful", REFUSED, lang="jv")
+    judged = {**item, "verdict": "unsafe", "judge_raw": "unsafe\nS1"}
+    path = write_items(tmp_path / "x.items.jsonl", [judged])
+    assert command("--rejudge", path, "--out", tmp_path / "y.json")[0] == 0
+    assert read_lines(tmp_path / "y.items.jsonl") == [{**item, "verdict": "safe"}]
+
+
+def test_files_put_end_to_end_are_judged_as_one_and_compared_with_their_bases(command, tmp_path):
     first, last = make_items("harmful", REFUSED, HELPED, lang="jv")
     items = [first, *make_items("benign", REFUSED, lang="en"), last]
-    path = write_items(tmp_path / "x.items.jsonl", [{**item, "judge_raw": "S1"} for item in items])
-    base = write_items(tmp_path / "b.jsonl", [{**item, "response": HELPED} for item in items])
-    assert command("--rejudge", path, "--base", base, "--out", tmp_path / "y.json")[0] == 0
+    path = write_items(tmp_path / "x.items.jsonl", items)
+    base = [{**item, "response": HELPED} for item in items]
+    write_items(tmp_path / "x.base.items.jsonl", base)
+    assert command("--rejudge", path, "--out", tmp_path / "y.json")[0] == 0
     rows = read_rows(tmp_path / "y.json")
     assert [(row["lang"], row["n"], row["refusal"], row["base"], row["delta"]) for row in rows] == [
         ("en", 1, 1.0, 0.0, 1.0), ("jv", 2, 0.5, 1.0, -0.5)]
-    assert {item["judge_raw"] for item in read_lines(tmp_path / "y.items.jsonl")} == {None}
 
 
 def test_limit_split_and_holdout_choose_the_queries(folders):
@@ -605,15 +639,14 @@ def test_what_is_held_out_by_its_own_text_is_warned_of(folders, tmp_path, capsys
     (["--model", "no/such-model"], "cannot load a model"),
     (["--model", "{root}/broken"], "not finite"),
     (["--lang", "jv,xx"], "xx"),
-    (["--data", "{tmp}/none.csv"], "none.csv"),
     (["--holdout", "0"], "held out"),
     (["--judge", "some/model"], "--judge-format"),
     (["--refusals", "absent.json"], "absent.json"),
     (["--rejudge", "absent.jsonl"], "absent.jsonl"),
+    (["--rejudge", "{root}/q.csv"], "--rejudge"),
     (["--rejudge", "{tmp}/empty.jsonl"], "holds no answers"),
-    (["--rejudge", "{tmp}/odd.jsonl"], "odd.jsonl"),
-    (["--rejudge", "{tmp}/good.jsonl", "--base", "{root}/base"], "{root}/base"),
-    (["--rejudge", "{root}/other.items.jsonl"], "other.json"),
+    (["--rejudge", "{tmp}/odd.jsonl"], "--rejudge"),
+    (["--rejudge", "{tmp}/good.jsonl", "--base", "x"], "--base"),
     (["--wrap", "absent.txt"], "--wrap"),
     (["--max-new-tokens", "4096"], "no prompt leaves room"),
     (["--holdout", "nan"], "--holdout"),
@@ -626,11 +659,26 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_two(
     write_items(tmp_path / "good.jsonl", [item])
     write_items(tmp_path / "odd.jsonl", [{**item, "response": None}])
     write_items(tmp_path / "empty.jsonl", [])
-    (folders / "other.json").write_text("[]")
     code, _, err = brief(*[flag.format(root=folders, tmp=tmp_path) for flag in flags])
     last = err.strip().splitlines()[-1]
-    assert code == 2 and last.startswith("eval.py: error: ") and says.format(root=folders) in last
+    assert code == 2 and last.startswith("eval.py: error: ") and says in last
     assert "Traceback" not in err
+
+
+def test_a_base_of_an_earlier_command_is_not_compared_with(brief, command, folders, tmp_path):
+    brief("--base", folders / "base")
+    brief()
+    command("--rejudge", tmp_path / "o.items.jsonl", "--out", tmp_path / "again.json")
+    assert [row["base"] for row in read_rows(tmp_path / "again.json")] == [None, None]
+
+
+def test_a_model_that_was_trained_with_another_system_turn_is_noted(command, folders, tmp_path):
+    shutil.copytree(folders / "tuned", tmp_path / "m")
+    args = json.loads((tmp_path / "m" / "args.json").read_text())
+    (tmp_path / "m" / "args.json").write_text(json.dumps({**args, "system": "Be kind."}))
+    flags = ["--model", tmp_path / "m", "--data", folders / "q.csv", "--max-new-tokens", 1]
+    assert "note" not in command(*flags, "--system", "Be kind.")[2]
+    assert "note: " in command(*flags)[2] and "Be kind." in command(*flags)[2]
 
 
 @pytest.mark.parametrize("text, says", [
@@ -697,3 +745,12 @@ def test_what_the_command_line_takes_is_what_the_contract_names():
         "model", "base", "lang", "data", "split", "judge", "judge_format", "max_new_tokens",
         "batch_size", "limit", "refusals", "wrap", "label", "holdout", "rejudge", "seed", "device",
         "dtype", "out", "plot", "system"}
+
+
+@pytest.mark.parametrize("beside", [
+    {"config": None, "results": []}, {"config": {}, "results": [{"lang": "en"}]}, []], ids=str)
+def test_answers_are_judged_again_whatever_lies_beside_them(command, tmp_path, beside):
+    path = write_items(tmp_path / "o.items.jsonl", make_items("harmful", REFUSED, lang="en"))
+    (tmp_path / "o.json").write_text(json.dumps(beside))
+    code, out, _ = command("--rejudge", path)
+    assert code == 0 and "unsafe" in out
