@@ -230,24 +230,23 @@ class RowDecoder:
 
     def __init__(self, model, prompts, slots):
         self.model = model
+        # where a long rope turns, it does so for all tokens: no cache outlives that
         is_long = find_rope(model).get("rope_type") == "longrope"
-        self.limit = find_rope_limit(model) if is_long else math.inf
+        self.turns = is_long and len(prompts[0]) <= find_rope_limit(model) < slots
         self.cache = {}
         self.ids = torch.tensor([[]], dtype=torch.long, device=model.device)
         self.step(torch.tensor(prompts[0], device=model.device))
 
     def step(self, token):
         """Read more tokens (T,)."""
-        read = self.ids.shape[1]
         self.ids = torch.cat([self.ids, token[None]], 1)  # (1, all tokens)
-        if read <= self.limit < self.ids.shape[1]:
-            self.cache = {}  # positions turn here for all tokens: read them again
         at = torch.arange(self.ids.shape[1], device=token.device)[None]
         new = -len(token) if self.cache else 0
         out = self.model(input_ids=self.ids[:, new:], position_ids=at[:, new:], use_cache=True,
                          **self.cache)
-        states = {name: out.get(name) for name in ("past_key_values", "cache_params", "state")}
-        self.cache = {name: state for name, state in states.items() if state is not None}
+        for name in ("past_key_values", "cache_params", "state"):
+            if out.get(name) is not None and not self.turns:
+                self.cache[name] = out[name]
         self.logits = out.logits[:, -1]  # (1, V)
 
 
@@ -279,8 +278,6 @@ def try_ragged(model):
         for _ in range(2):
             decoder.step(token)
             steps.append(decoder.logits.clone())
-    except torch.OutOfMemoryError:
-        raise
     except Exception as e:  # no such mask, cache or positions in this model
         tell(f"note: no decoding in batches: {type(e).__name__}: {str(e)[:200]}")
         return False
@@ -296,13 +293,10 @@ def is_close(x, y):
 # --- one way through a model ---
 
 def pad_right(rows, device):
-    """Lists of ids -> ids and mask, (B, T). The padding is each row's last id: some models warn
-    when they see their pad token."""
-    T = max(map(len, rows))
-    ids = [row + (row or [0])[-1:] * (T - len(row)) for row in rows]
-    mask = [[True] * len(row) + [False] * (T - len(row)) for row in rows]
-    return (torch.tensor(ids, dtype=torch.long, device=device),
-            torch.tensor(mask, dtype=torch.bool, device=device))
+    """Lists of ids -> ids, 0 past a row's end, and mask, both (B, T)."""
+    rows = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+    ids = pad_sequence(rows, batch_first=True, padding_value=-1)
+    return ids.clamp(min=0), ids >= 0
 
 
 def cut_by_length(model, rows):
@@ -429,25 +423,26 @@ def encode_turns(tokenizer, turns):
     return tokenizer(render(tokenizer, turns, as_parts), add_special_tokens=False).input_ids
 
 
-def render(tokenizer, turns, as_parts, open_answer=True):
-    """The text that the chat template makes of [(role, text)]. Raises UserError."""
+def render(tokenizer, turns, as_parts):
+    """The text that the chat template makes of [(role, text)], and the header of an answer. Raises
+    UserError."""
     messages = []
     for role, text in turns:
         content = [{"type": "text", "text": text}] if as_parts else text
         messages.append({"role": role, "content": content})
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False,
-                                             add_generation_prompt=open_answer)
+                                             add_generation_prompt=True)
     except Exception as e:  # jinja: a template is data, and may raise anything
         raise UserError(f"the chat template fails: {type(e).__name__}: {str(e)[:200]}") from None
 
 
 @functools.lru_cache(16)
-def probe_template(tokenizer, chat_template, roles, open_answer=True):
+def probe_template(tokenizer, chat_template, roles):
     """(whether the template reads lists of parts only, what it writes of these roles' turns): tried
     with a marker that no template holds. Raises UserError."""
     for as_parts in (False, True):
-        chat = render(tokenizer, [(role, MARKER) for role in roles], as_parts, open_answer)
+        chat = render(tokenizer, [(role, MARKER) for role in roles], as_parts)
         if chat.count(MARKER) >= len(roles):
             return as_parts, chat
     raise UserError(f"the chat template does not show each turn of {', '.join(roles)}")
@@ -456,10 +451,9 @@ def probe_template(tokenizer, chat_template, roles, open_answer=True):
 def find_controls(tokenizer):
     """(what the chat template writes, {id: added token that is special or that it writes})."""
     written = ""
-    for roles, open_answer in ((("user",), True), (("user", "assistant"), False)):
+    for roles in (("user",), ("user", "assistant")):
         with contextlib.suppress(UserError):  # it knows no answers, or there is none
-            template = str(tokenizer.chat_template)
-            written += probe_template(tokenizer, template, roles, open_answer)[1]
+            written += probe_template(tokenizer, str(tokenizer.chat_template), roles)[1]
     return written, {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()
                      if token.special or (str(token).strip() and str(token) in written)}
 
@@ -467,9 +461,9 @@ def find_controls(tokenizer):
 def break_special(tokenizer, text):
     """`text` with a space in what spells a special token, or an added one that the chat template
     writes itself: a query stays data. Everything else stays to the letter."""
-    controls = sorted(find_controls(tokenizer)[1].values(), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, controls)) or "(?!)"
-    return re.sub(pattern, lambda m: f"{m[0][0]} {m[0][1:]}" if m[0][1:] else " ", text)
+    for token in sorted(find_controls(tokenizer)[1].values(), key=len, reverse=True):
+        text = text.replace(token, f"{token[0]} {token[1:]}" if token[1:] else " ")
+    return text
 
 
 def find_stop_ids(model, tokenizer):
