@@ -397,7 +397,7 @@ def test_a_folder_without_safetensors_or_model_says_which(folder):
 
 
 @pytest.mark.parametrize("error, word", [
-    (OSError("You are trying to access a gated repo.\n401 Client Error"), "licence"),
+    (OSError("You are trying to access a gated repo.\n401 Client Error"), "gated"),
     (ImportError("This needs the `dingbat` library"), "dingbat")])
 def test_what_a_hub_model_lacks_is_told_as_what_it_is(folder, monkeypatch, error, word):
     def refuse(*args, **kwargs):
