@@ -48,39 +48,41 @@ def dpsw_loss(student_logits, teacher_logits, response_ids=None, mask=None, *,
     options = dict(weighting=weighting, student_view=student_view, top_k=top_k,
                    divergence=divergence, beta=beta, temperature=temperature,
                    weight_norm=weight_norm, denominator=denominator)
-    mask = check_inputs(student_logits, teacher_logits, response_ids, mask, options)
-    ids = None if response_ids is None else response_ids[mask]
-    loss, stats = sum_responses(student_logits[mask], teacher_logits[mask], ids, mask, options)
+    ids, mask = check_inputs(student_logits, teacher_logits, response_ids, mask, **options)
+    loss, stats = sum_responses(student_logits[mask], teacher_logits[mask], ids[mask], mask,
+                                options)
     return loss / find_denominator(mask, options), stats
 
 
-def check_inputs(student, teacher, response_ids, mask, options):
-    """The mask (..., T) as bool, all true where there is none. Raises ValueError."""
-    for name, allowed in (
-        ("weighting", ("dpsw", "teacher", "student", "none")),
-        ("student_view", ("teacher", "sampled")),
-        ("divergence", ("reverse", "forward", "jsd")),
-        ("weight_norm", ("response", "none")),
+def check_inputs(student, teacher, response_ids, mask, *, weighting, student_view, top_k,
+                 divergence, beta, temperature, weight_norm, denominator):
+    """(ids, mask), both (..., T); the mask is bool, all true where there is none. Raises
+    ValueError."""
+    for name, value, allowed in (
+        ("weighting", weighting, ("dpsw", "teacher", "student", "none")),
+        ("student_view", student_view, ("teacher", "sampled")),
+        ("divergence", divergence, ("reverse", "forward", "jsd")),
+        ("weight_norm", weight_norm, ("response", "none")),
     ):
-        if options[name] not in allowed:
-            raise ValueError(f"{name}={options[name]!r} is none of {', '.join(allowed)}")
-    if not (options["temperature"] > 0 and options["top_k"] >= 1):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is none of {', '.join(allowed)}")
+    if not (temperature > 0 and top_k >= 1):
         raise ValueError("temperature > 0 and top_k ≥ 1 are needed")
-    if options["divergence"] == "jsd" and not 0 < options["beta"] < 1:
+    if divergence == "jsd" and not 0 < beta < 1:
         raise ValueError("jsd needs 0 < beta < 1: it is 0 at both ends; take forward or reverse")
-    if options["student_view"] == "sampled" and response_ids is None:
+    if student_view == "sampled" and response_ids is None:
         raise ValueError("student_view='sampled' needs response_ids")
 
     shape = student.shape[:-1]
-    if not shape:
-        raise ValueError("a dimension of tokens is needed: (..., T, V)")
+    if mask is None:
+        mask = torch.ones(shape, device=student.device)
+    if response_ids is None:
+        response_ids = mask  # any numbers: they are not read
     for name, x in (("teacher", teacher[..., 0]), ("response_ids", response_ids), ("mask", mask)):
-        if x is not None and x.shape != shape:
+        if x.shape != shape:
             raise ValueError(
                 f"{name}: tokens {tuple(x.shape)}, where the student's are {tuple(shape)}")
-    if mask is None:
-        return torch.ones(shape, dtype=torch.bool, device=student.device)
-    return mask.bool()
+    return response_ids, mask.bool()
 
 
 def find_denominator(mask, options):
@@ -117,7 +119,7 @@ def diverge(student_logp, teacher_logp, options):
 
 @torch.no_grad()
 def weigh(student_logp, teacher_logp, response_ids, options):
-    """w, w^T and w^S of log-probabilities (n, V), each (n,). Constants to autograd."""
+    """w, w^T and w^S of log-probabilities (n, V), by name, each (n,). Constants to autograd."""
     K = min(options["top_k"], teacher_logp.shape[-1])
     top_logp, top_ids = teacher_logp.topk(K, dim=-1)  # (n, K)
     top_logp = top_logp.log_softmax(-1)  # renormalised
@@ -134,7 +136,7 @@ def weigh(student_logp, teacher_logp, response_ids, options):
         "student": w_student,
         "none": torch.ones_like(w_teacher),
     }
-    return weights[options["weighting"]], w_teacher, w_student
+    return {"weight": weights[options["weighting"]], "w_teacher": w_teacher, "w_student": w_student}
 
 
 def sum_responses(student_logits, teacher_logits, response_ids, mask, options):
@@ -145,12 +147,11 @@ def sum_responses(student_logits, teacher_logits, response_ids, mask, options):
     student_logp = log_probs(student_logits, options["temperature"])
     teacher_logp = log_probs(teacher_logits.detach(), options["temperature"])
     divergence = diverge(student_logp, teacher_logp, options)  # (n,)
-    weights = weigh(student_logp, teacher_logp, response_ids, options)
+    scores = {"divergence": divergence.detach(),
+              **weigh(student_logp, teacher_logp, response_ids, options)}
 
-    stats = {}
-    for name, x in zip(("divergence", "weight", "w_teacher", "w_student"),
-                       (divergence.detach(), *weights), strict=True):
-        stats[name] = x.new_zeros(mask.shape).masked_scatter(mask, x)  # (..., T)
+    stats = {name: x.new_zeros(mask.shape).masked_scatter(mask, x)  # (..., T)
+             for name, x in scores.items()}
     share = stats["weight"]
     if options["weight_norm"] == "response":  # 1/L_y · w̃_t
         share = share / share.sum(-1, keepdim=True).clamp(min=1e-30)
@@ -167,34 +168,42 @@ def dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head
     returned, as for dpsw_loss. The gradient reaches student_hidden and student_head.parameters(),
     never the teacher; it is backpropagated once.
     """
-    if unknown := options.keys() - dpsw_loss.__kwdefaults__.keys():
-        raise TypeError(f"unknown keywords: {', '.join(unknown)}")
     options = {**dpsw_loss.__kwdefaults__, **options}
-    mask = check_inputs(student_hidden, teacher_hidden, response_ids, mask, options)
+    ids, mask = check_inputs(student_hidden, teacher_hidden, response_ids, mask, **options)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
 
     rows = mask[None].flatten(0, -2)  # (R, T): the responses
-    student, teacher = student_hidden[mask], teacher_hidden[mask]  # (N, H)
-    ids = None if response_ids is None else response_ids[mask]
+    student = student_hidden[mask]  # (N, H), the tokens of all
+    teacher = teacher_hidden[mask]
+    ids = ids[mask]
+    weights = [p for p in student_head.parameters() if p.requires_grad]
+    total = student.new_zeros((), dtype=torch.float32)
+    hidden_grads = []
+    weight_grads = []
     stats = {}
-
-    def sum_chunk(hidden, chunk, at):
+    for chunk, at in cut_chunks(rows.sum(-1).tolist(), chunk_size):
+        hidden = student[at].detach().requires_grad_(student.requires_grad or bool(weights))
         with torch.no_grad():
             teacher_logits = teacher_head(teacher[at])
-        chunk_ids = None if ids is None else ids[at]
         loss, chunk_stats = sum_responses(
-            student_head(hidden), teacher_logits, chunk_ids, rows[chunk], options)
+            student_head(hidden), teacher_logits, ids[at], rows[chunk], options)
+        del teacher_logits  # else two chunks' would be held
+        total += loss.detach()
         for name, x in chunk_stats.items():
-            stats.setdefault(name, x.new_zeros(rows.shape))[chunk] = x
-        return loss
+            stats.setdefault(name, x.new_zeros(mask.shape)).view(rows.shape)[chunk] = x
+        if loss.requires_grad:
+            hidden_grad, *new_grads = torch.autograd.grad(
+                loss, (hidden, *weights), materialize_grads=True)
+            hidden_grads.append(hidden_grad)
+            for into, grad in zip(weight_grads, new_grads):
+                into += grad
+            weight_grads = weight_grads or new_grads
 
-    weights = [p for p in student_head.parameters() if p.requires_grad]
-    chunks = cut_chunks(rows.sum(-1).tolist(), chunk_size)
-    with_grad = torch.is_grad_enabled() and (student.requires_grad or bool(weights))
-    loss = ChunkedSum.apply(sum_chunk, chunks, with_grad, student, *weights)
-    stats = {name: x.reshape(mask.shape) for name, x in stats.items()}
-    return loss / find_denominator(mask, options), stats
+    if hidden_grads:
+        grads = torch.cat(hidden_grads), *weight_grads
+        total = KnownGradient.apply(total, grads, student, *weights)
+    return total / find_denominator(mask, options), stats
 
 
 def cut_chunks(lengths, chunk_size):
@@ -210,32 +219,17 @@ def cut_chunks(lengths, chunk_size):
     return chunks
 
 
-class ChunkedSum(torch.autograd.Function):
-    """The sum over chunks. A chunk's gradient is taken in the *forward* pass, while its logits are
-    there: nothing is kept but the gradients, and no logits are computed twice."""
+class KnownGradient(torch.autograd.Function):
+    """A value whose gradients with respect to the inputs are there already. So a chunk's are taken
+    while its logits are there: nothing else is kept, and no logits are computed twice."""
 
     @staticmethod
-    def forward(ctx, sum_chunk, chunks, with_grad, hidden, *weights):
-        total = hidden.new_zeros((), dtype=torch.float32)
-        hidden_grads = []
-        weight_grads = []
-        for chunk, at in chunks:
-            with torch.set_grad_enabled(with_grad):
-                part = hidden[at].detach().requires_grad_(with_grad)
-                loss = sum_chunk(part, chunk, at)
-            if with_grad:
-                grads = torch.autograd.grad(loss, (part, *weights), materialize_grads=True)
-                hidden_grads.append(grads[0])
-                for into, grad in zip(weight_grads, grads[1:]):
-                    into += grad
-                weight_grads = weight_grads or list(grads[1:])
-            total += loss.detach()
-        if with_grad:
-            ctx.save_for_backward(torch.cat(hidden_grads), *weight_grads)
-        return total
+    def forward(ctx, value, grads, *inputs):
+        ctx.save_for_backward(*grads)
+        return value.clone()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
         grads = [grad.mul_(grad_output) for grad in ctx.saved_tensors]  # in place: no copy
-        return None, None, None, *grads
+        return None, None, *grads

@@ -24,8 +24,8 @@ from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find
                          is_correct, judge_item, load_refusals, parse_judgement, read_answer,
                          read_json, write_judge_turns)
 from data.queries import load_queries, normalise, split
-from sample import (HERE, Parser, UserError, add_model_flags, encode_chat, encode_turns,
-                    fill_template, find_context, find_device, find_path, find_process,
+from sample import (HERE, RANK, WORLD, Parser, UserError, add_model_flags, encode_chat,
+                    encode_turns, fill_template, find_context, find_device, find_path,
                     find_stop_ids, find_vocab_size, gather, load_model, need, number, positive,
                     read_template, sample, tell)
 
@@ -47,16 +47,15 @@ def answer(model, tokenizer, prompts, max_new_tokens, batch_size):
     share each batch. Where a prompt itself opens a thought, its mark stands first."""
     stop_ids = find_stop_ids(model, tokenizer)
     vocab_size = find_vocab_size(tokenizer)
-    rank, world = find_process()
     for start in range(0, len(prompts), batch_size):
         batch = prompts[start:start + batch_size]
-        responses = gather(sample(model, batch[rank::world], max_new_tokens=max_new_tokens,
+        responses = gather(sample(model, batch[RANK::WORLD], max_new_tokens=max_new_tokens,
                                   stop_ids=stop_ids, temperature=0, vocab_size=vocab_size))
         for i, prompt in enumerate(batch):
             asked = tokenizer.decode(prompt).rstrip()
             opened = [mark for mark, _ in THOUGHTS if asked.endswith(mark)]
             # other special tokens stay: some mark a thought
-            said = [token for token in responses[i % world][i // world] if token not in stop_ids]
+            said = [token for token in responses[i % WORLD][i // WORLD] if token not in stop_ids]
             yield "".join([*opened, tokenizer.decode(said).strip()])
 
 

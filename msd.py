@@ -40,8 +40,8 @@ from data.queries import load_queries, normalise, split
 from dpsw import dpsw_loss_chunked
 from eval import told_in_a_line
 from sample import (
-    HERE, RANK, Parser, UserError, add_model_flags, encode_chat, fill_template,
-    find_context, find_device, find_path, find_process, find_stop_ids, find_vocab_size, gather,
+    HERE, RANK, WORLD, Parser, UserError, add_model_flags, encode_chat, fill_template,
+    find_context, find_device, find_path, find_stop_ids, find_vocab_size, gather,
     load_model, natural, need, number, pad_right, positive, read_template, response_hidden,
     response_logits, sample, tell)
 
@@ -62,7 +62,6 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
     """The algorithm box. pools: the queries to learn from, see pick_batch. Yields after each step
     (steps done, steps in a row that were not finite)."""
     generator = torch.Generator(student.device)
-    rank, world = find_process()
     stop_ids = find_stop_ids(student, tokenizer)
     vocab_size = find_vocab_size(tokenizer)
     bad = 0
@@ -71,7 +70,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         reset_peak(student.device)
 
         # 1. queries, each under two contexts: the student's and the teacher's
-        batch = pick_batch(args, pools, step)[rank::world]  # a process's share
+        batch = pick_batch(args, pools, step)[RANK::WORLD]  # a process's share
         student_prompts = write_student_prompts(args, tokenizer, batch)
         teacher_prompts = write_teacher_prompts(args, teacher, tokenizer, template, batch)
 
@@ -81,7 +80,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
             student if on_policy else teacher, student_prompts if on_policy else teacher_prompts,
             max_new_tokens=args.max_new_tokens, stop_ids=stop_ids, temperature=args.temperature,
             top_k=args.top_k, top_p=args.top_p, vocab_size=vocab_size,
-            generator=generator.manual_seed(args.seed * 1_000_003 + step + (rank << 24)))
+            generator=generator.manual_seed(args.seed * 1_000_003 + step + (RANK << 24)))
 
         # 3. scores and loss: the teacher's distribution on every response token, weighted by DPSW
         loss, scores = learn(args, student, teacher, student_prompts, teacher_prompts, responses)
@@ -110,7 +109,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         told = [describe(tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
                          responses[i], scores[i]) for i in sorted({0, len(batch) - 1})]
         told = sum(gather(told), [])
-        if rank == 0:
+        if RANK == 0:
             append_line(args, "metrics.jsonl", row)
             for line in told[:1] + told[1:][-1:]:
                 append_line(args, "samples.jsonl", line)
@@ -244,10 +243,9 @@ def round_masters(model):
 
 def join_processes(args, device):
     """Work together with the others that torchrun started. Raises UserError."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch_size % world:
-        raise UserError(f"--batch-size {args.batch_size} does not go round {world} processes")
-    if world > 1:
+    if args.batch_size % WORLD:
+        raise UserError(f"--batch-size {args.batch_size} does not go round {WORLD} processes")
+    if WORLD > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 

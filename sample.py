@@ -36,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 PROMPTS = HERE / "data" / "prompts"
 LANGUAGES = json.loads((PROMPTS / "languages.json").read_text(encoding="utf-8"))
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many those are
 MARKER = "Qxzmarkerzxq"  # a text that no chat template holds
 
 
@@ -80,8 +81,6 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
                          "top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1")
     check_ids(model, prompts)
     temperature = 0 if temperature < 1e-4 else temperature  # the logits would overflow
-    if vocab_size is not None:
-        vocab_size = max(vocab_size, max(stop_ids, default=0) + 1)
     responses = [[] for _ in prompts]
     logprobs = [[] for _ in prompts]
     slots = max(map(len, prompts), default=0) + max_new_tokens
@@ -257,24 +256,23 @@ class RowDecoder:
 
     def __init__(self, model, prompts, slots):
         self.model = model
+        # where a long rope turns, it does so for all tokens: no cache outlives that
         is_long = find_rope(model).get("rope_type") == "longrope"
-        self.limit = find_rope_limit(model) if is_long else math.inf
+        self.turns = is_long and len(prompts[0]) <= find_rope_limit(model) < slots
         self.cache = {}
         self.ids = torch.tensor([[]], dtype=torch.long, device=model.device)
         self.step(torch.tensor(prompts[0], device=model.device))
 
     def step(self, token):
         """Read more tokens (T,)."""
-        read = self.ids.shape[1]
         self.ids = torch.cat([self.ids, token[None]], 1)  # (1, all tokens)
-        if read <= self.limit < self.ids.shape[1]:
-            self.cache = {}  # positions turn here for all tokens: read them again
         at = torch.arange(self.ids.shape[1], device=token.device)[None]
         new = -len(token) if self.cache else 0
         out = self.model(input_ids=self.ids[:, new:], position_ids=at[:, new:], use_cache=True,
                          **self.cache)
-        states = {name: out.get(name) for name in ("past_key_values", "cache_params", "state")}
-        self.cache = {name: state for name, state in states.items() if state is not None}
+        for name in ("past_key_values", "cache_params", "state"):
+            if out.get(name) is not None and not self.turns:
+                self.cache[name] = out[name]
         self.logits = out.logits[:, -1]  # (1, V)
 
 
@@ -402,19 +400,15 @@ class Head(torch.nn.Module):
 @torch.no_grad()
 def find_head(model, known=weakref.WeakKeyDictionary()):
     """(decoder, head) such that head(decoder(ids)[0]) are the model's own logits, tried once. Where
-    a head does more than `Head` knows: the model itself and the identity. Raises UserError for a
-    model that looks to the right."""
+    a head does more than `Head` knows: the model itself and the identity."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     if causal.get_output_embeddings() is None or causal.base_model is causal:
         return model, torch.nn.Identity()
     decoder, head = causal.base_model, Head(causal)
     if model not in known:
-        ids = torch.tensor([[3, 1, 2, 5], [3, 1, 7, 6]], device=model.device)
+        ids = torch.tensor([[3, 1, 2, 5]], device=model.device)
         with eval_mode(model):
-            own = model(input_ids=ids, use_cache=False).logits  # (2, 4, V)
-            if own.isfinite().all() and not is_close(*own[:, :2]):
-                name = type(causal).__name__
-                raise UserError(f"{name} is no causal model: it looks to the right")
+            own = model(input_ids=ids, use_cache=False).logits  # (1, 4, V)
             known[model] = is_close(head(decoder(input_ids=ids, use_cache=False)[0]), own)
     return (decoder, head) if known[model] else (model, torch.nn.Identity())
 
@@ -560,15 +554,10 @@ def tell(text):
     print(text, file=sys.stderr, flush=True)
 
 
-def find_process():
-    """(which process this is, of how many that work together)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
 def gather(x):
     """Every process's x, in order."""
-    found = [x] * find_process()[1]
-    if dist.is_initialized():
+    found = [x] * WORLD
+    if WORLD > 1:
         dist.all_gather_object(found, x)
     return found
 
@@ -611,10 +600,9 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt:
             self.exit(130, f"\n{self.prog}: interrupted\n")
         except RuntimeError as e:
-            kind = f"{type(e).__name__}: {e}"
-            if re.search("^Dist|gloo", kind):
+            if re.search("^Dist|gloo", f"{type(e).__name__}: {e}"):
                 self.error(f"another process ended: {e}")
-            if re.search("^OutOfMemory|DefaultCPUAllocator", kind):
+            if isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(e):
                 self.error("out of memory: lower --batch-size, --micro-batch-size or "
                            "--max-new-tokens, or train a --lora-rank")
             raise
@@ -729,9 +717,6 @@ def load_model(name, device, dtype):
         home = name if find("tokenizer_config.json") else base
         tokenizer = AutoTokenizer.from_pretrained(
             home, trust_remote_code=False, revision=revision if home == base else "main")
-        if not tokenizer.chat_template and (template := find("chat_template.json")):
-            text = Path(template).read_text(encoding="utf-8")
-            tokenizer.chat_template = json.loads(text)["chat_template"]
         model, report = AutoModelForCausalLM.from_pretrained(
             base, dtype=dtype, use_safetensors=True, trust_remote_code=False, revision=revision,
             output_loading_info=True)
@@ -740,14 +725,10 @@ def load_model(name, device, dtype):
             model = peft.get_peft_model(model, config)
             report = model.load_adapter(name, "default")
             check_weights(name, report.missing_keys, report.unexpected_keys)
-    except UserError:
-        raise
     except Exception as e:
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:400]}"
         if not Path(str(base)).exists():
             why = f"there is no such folder as {base}, and the hub says {why}"
-        if "gated" in why:
-            why += "; accept its licence there, then `hf auth login`"
         raise UserError(f"cannot load a model from {name!r}: {why}") from None
     return model.to(device).eval(), tokenizer
 
@@ -764,15 +745,17 @@ def main(args):
     def ask():
         try:
             return words(input("> " if sys.stdin.isatty() else "")).removesuffix("\r")
+        except EOFError:
+            return ""
         except UnicodeError:
             raise UserError("what was typed is not UTF-8") from None
-    with contextlib.suppress(EOFError):
-        for text in [args.prompt] if args.prompt else iter(ask, ""):
-            [response] = sample(
-                model, [encode_chat(tokenizer, text, args.system)], generator=generator,
-                max_new_tokens=args.max_new_tokens, stop_ids=find_stop_ids(model, tokenizer),
-                temperature=args.temperature, vocab_size=find_vocab_size(tokenizer))
-            print(tokenizer.decode(response, skip_special_tokens=True).strip(), flush=True)
+
+    for text in [args.prompt] if args.prompt else iter(ask, ""):
+        [response] = sample(
+            model, [encode_chat(tokenizer, text, args.system)], generator=generator,
+            max_new_tokens=args.max_new_tokens, stop_ids=find_stop_ids(model, tokenizer),
+            temperature=args.temperature, vocab_size=find_vocab_size(tokenizer))
+        print(tokenizer.decode(response, skip_special_tokens=True).strip(), flush=True)
 
 
 def build_parser():

@@ -163,18 +163,6 @@ def test_a_teacher_that_is_certain_weighs_one():
     assert dpsw_loss(student, teacher)[1]["w_teacher"].tolist() == pytest.approx([1, 1, 1])
 
 
-@both_forms
-def test_the_hosts_default_dtype_changes_nothing(loss_of):
-    student, teacher, _ = make_inputs(2, 4, V=40)
-    want, _ = loss_of(student, teacher)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        loss, stats = loss_of(student, teacher)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert loss == want and stats["weight"].dtype == torch.float32
-
-
 def test_the_confident_wrong_student_is_corrected_and_under_the_sampled_view_muted():
     student = torch.tensor([[30.0, 0.0]])  # certain of token 0, the teacher of token 1
     for view, want in zip(VIEWS, (1, 0)):

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.integrations import sdpa_attention
 
 import sample as program
@@ -84,16 +84,6 @@ def test_the_mask_has_the_querys_dtype_which_attention_on_a_gpu_asks_for(monkeyp
     assert program.decodes_ragged(build_model("Llama").bfloat16(), 16)
 
 
-@pytest.mark.parametrize("is_decoder", [True, False])
-def test_a_model_that_looks_to_the_right_is_an_error(is_decoder):
-    model = build_model("Bert", is_decoder=is_decoder)
-    if is_decoder:
-        assert greedy(model, PROMPTS, 2) == generate(model, PROMPTS, 2)
-        return
-    with pytest.raises(UserError, match="right"):
-        greedy(model, PROMPTS, 2)
-
-
 # ---- where a response ends, and what cannot be asked ----
 
 COUNTER = (50 * torch.eye(8).roll(1, 1)).tolist()  # 0 → 1 → … → 7 → 0, for certain
@@ -158,12 +148,10 @@ PROBS = [0.15, 0.40, 0.07, 0.20, 0.10, 0.08]  # by rank: ids 1 3 0 4 5 2, cumula
 
 @pytest.mark.parametrize("kw, kept", [
     ({}, [0, 1, 2, 3, 4, 5]),
-    ({"top_k": 3}, [1, 3, 0]),
     ({"top_k": 100}, [0, 1, 2, 3, 4, 5]),
     ({"top_p": 0.5}, [1, 3]),  # .40 < .5: the token that crosses it, 3, stays
     ({"top_k": 3, "top_p": 0.7}, [1, 3]),  # renormalised .53 .80 crosses .7; .40 .60 would not
     ({"temperature": 2.0, "top_p": 0.5}, [1, 3, 0]),  # flattened first: .27 .46 .63
-    ({"temperature": 0.5, "top_k": 4, "top_p": 0.99}, [1, 3, 0, 4]),
     ({"vocab_size": 3, "top_k": 2}, [1, 0]),
 ])
 def test_truncation_keeps_the_right_tokens_at_the_right_frequencies(kw, kept):
@@ -196,11 +184,11 @@ def test_what_leaves_one_token_is_greedy(model, kw):
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
-def test_ids_past_vocab_size_are_never_drawn_but_a_stop_id_past_it_is(temperature):
+def test_ids_past_vocab_size_are_never_drawn(temperature):
     model = build_chain([[0.0, 0, 0, 0, 20, 50]] * 6)
-    kw = {"max_new_tokens": 3, "temperature": temperature, "vocab_size": 3}
-    assert max(map(max, sample(model, [[5], [0, 4]] * 20, stop_ids=[], **kw))) < 3
-    assert sample(model, [[5], [0, 4]], stop_ids=[4], **kw) == [[4], [4]]
+    rows = sample(model, [[5], [0, 4]] * 20, max_new_tokens=3, stop_ids=[],
+                  temperature=temperature, vocab_size=3)
+    assert max(map(max, rows)) < 3
 
 
 # ---- the sampler is the trainer, and leaves the model as found ----
@@ -218,23 +206,18 @@ def test_logprobs_equal_those_of_the_training_forward_untruncated(name, kw):
 
 
 def test_dropout_is_off_and_each_modules_mode_comes_back_after_an_exception_too():
-    model = build_model("GPT2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    want = greedy(model, PROMPTS, 6)
-    model.train()
+    options = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+    want = greedy(build_model("GPT2", **options), PROMPTS, 6)
+    model = build_model("GPT2", **options).train()
     model.transformer.h[0].eval()
     before = [module.training for module in model.modules()]
+    assert program.find_head(model)[0] is model.base_model  # tried without dropout, too
     assert greedy(model, PROMPTS, 6) == want
     assert [module.training for module in model.modules()] == before
     model.transformer.register_forward_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         greedy(model, PROMPTS, 2)
     assert [module.training for module in model.modules()] == before
-
-
-def test_a_model_in_training_mode_is_tried_without_its_dropout():
-    model = build_model("GPT2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5).train()
-    assert response_logits(model, [[5, 6, 7]], [[8, 9]]).shape == (2, 97)
-    assert model.training
 
 
 def test_a_step_moves_no_tensor_so_that_a_graph_may_hold_it(model):
@@ -407,16 +390,6 @@ def test_a_folder_without_safetensors_or_model_says_which(folder):
     assert "no such folder" in fails_to_load(folder / "none")
 
 
-@pytest.mark.parametrize("error, word", [
-    (OSError("You are trying to access a gated repo.\n401 Client Error"), "licence"),
-    (ImportError("This needs the `dingbat` library"), "dingbat")])
-def test_what_a_hub_model_lacks_is_told_as_what_it_is(folder, monkeypatch, error, word):
-    def refuse(*args, **kwargs):
-        raise error
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", refuse)
-    assert word in fails_to_load(folder)
-
-
 def test_code_that_comes_with_a_model_never_runs(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "x"))
     edit(folder / "config.json", model_type="own",
@@ -523,8 +496,7 @@ def test_what_is_typed_and_is_no_utf_8_is_one_line(monkeypatch, capsys, errors):
     assert capsys.readouterr().err == "sample.py: error: what was typed is not UTF-8\n"
 
 
-def test_without_a_template_it_asks_plainly_and_says_so_and_chat_template_json_is_one(
-        folder, monkeypatch, capsys):
+def test_without_a_template_it_asks_plainly_and_says_so(folder, monkeypatch, capsys):
     (folder / "chat_template.jinja").unlink()
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     run(monkeypatch, "--model", folder, "--max-new-tokens", 2)
@@ -533,8 +505,6 @@ def test_without_a_template_it_asks_plainly_and_says_so_and_chat_template_json_i
     _, tokenizer = load(folder)
     asked = encode_chat(tokenizer, "hi", "Be brief.")
     assert tokenizer.decode(asked) == "Be brief.\n\nUser: hi\nAssistant:"
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": INST}))
-    assert load(folder)[1].chat_template == INST
 
 
 @pytest.mark.parametrize("error, code, words", [
@@ -552,9 +522,11 @@ def test_what_a_user_can_mend_is_one_line(capsys, error, code, words):
     assert all(word in err for word in words)
 
 
+class Query:
+    text = {"jv": "Apa {query_en} kuwi?", "en": "What is {language}?", "xx": "…"}
+
+
 def test_a_teacher_prompt_is_found_by_name_or_file_without_its_bom_and_filled_once(tmp_path):
-    class Query:
-        text = {"jv": "Apa {query_en} kuwi?", "en": "What is {language}?"}
     file = tmp_path / "p.txt"
     file.write_text("\ufeff{query_en}, {query}, {language}", encoding="utf-8")
     filled = program.fill_template(program.read_template(str(file)), Query, "jv", "en")
@@ -567,8 +539,6 @@ def test_a_teacher_prompt_is_found_by_name_or_file_without_its_bom_and_filled_on
 
 def test_ours_are_found_from_any_folder_and_a_language_without_a_name_is_told(
         tmp_path, monkeypatch, capsys):
-    class Query:
-        text = {"xx": "…", "jv": "…"}
     monkeypatch.chdir(tmp_path)
     template = program.read_template("data/jailbreak.txt")
     assert "{query}" in template
@@ -593,3 +563,4 @@ def test_where_nobody_reads_on_the_exit_code_is_that_of_a_closed_pipe(monkeypatc
     with pytest.raises(SystemExit) as stop:
         program.Parser(prog="any.py").run(main, [])
     assert stop.value.code == 141
+

@@ -69,11 +69,6 @@ def ours():
     return args, *msd.load_models(args, torch.device("cpu"), torch.float32)
 
 
-def test_the_trl_block_is_short():
-    lines = read_block("SDFTTrainer").splitlines()
-    assert 20 <= len(lines) <= 30 and max(map(len, lines)) <= 100
-
-
 def test_the_trl_block_has_the_prompts_the_loss_and_the_gradient_of_msd(trained, ours):
     trainer, rows, batch = trained
     args, student, teacher, tokenizer = ours
