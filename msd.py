@@ -71,7 +71,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
 
         # 1. queries, each under two contexts: the student's and the teacher's
         batch = pick_batch(args, pools, step)[RANK::WORLD]  # a process's share
-        student_prompts = write_student_prompts(args, tokenizer, batch)
+        student_prompts = write_prompts(args, tokenizer, batch)
         teacher_prompts = write_teacher_prompts(args, teacher, tokenizer, template, batch)
 
         # 2. responses, from the student (on-policy) or the teacher (off-policy), without gradient
@@ -177,16 +177,17 @@ def go_round(args, pools, name):
         yield from rng.sample(pools[name], len(pools[name]))
 
 
-def write_student_prompts(args, tokenizer, batch):
-    """What the student sees of (query, language) pairs: the query alone. Lists of ids."""
-    return [encode_chat(tokenizer, query.text[lang], args.system) for query, lang in batch]
+def write_prompts(args, tokenizer, batch, template="{query}"):
+    """What is asked about (query, language) pairs: the student sees the query alone. Lists of ids.
+    """
+    return [encode_chat(tokenizer, fill_template(template, query, lang, args.source_lang),
+                        args.system) for query, lang in batch]
 
 
 def write_teacher_prompts(args, teacher, tokenizer, template, batch):
     """What the teacher sees: the query, its English and the instruction, as the template has it;
     with --cot-tokens also a judgement that it writes for itself, greedily and on one line."""
-    prompts = [encode_chat(tokenizer, fill_template(template, query, lang, args.source_lang),
-                           args.system) for query, lang in batch]
+    prompts = write_prompts(args, tokenizer, batch, template)
     if not args.cot_tokens:
         return prompts
     parts = ["Safety judgement:", "\n\n"]
@@ -368,15 +369,14 @@ def make_pools(args, model, tokenizer, template, langs, queries):
     # 16: what stands around the judgement of --cot-tokens
     room = find_context(model) - args.max_new_tokens - args.cot_tokens - 16
     pools = {"benign": [], "other": []}
-    args.prompts = 0
-    for query, lang in itertools.product(queries, langs):
-        texts = query.text[lang], fill_template(template, query, lang, args.source_lang)
-        prompts = [encode_chat(tokenizer, text, args.system) for text in texts]
-        args.prompts = zlib.crc32(str(prompts).encode(), args.prompts)
-        if max(map(len, prompts)) <= room:
-            pools["benign" if query.label in ("benign", "qa") else "other"].append((query, lang))
+    pairs = list(itertools.product(queries, langs))
+    prompts = [write_prompts(args, tokenizer, pairs, wrap) for wrap in ("{query}", template)]
+    args.prompts = zlib.crc32(str(prompts).encode())
+    for pair, *both in zip(pairs, *prompts):
+        if max(map(len, both)) <= room:
+            pools["benign" if pair[0].label in ("benign", "qa") else "other"].append(pair)
     kept = sum(map(len, pools.values()))
-    if skipped := len(queries) * len(langs) - kept:
+    if skipped := len(pairs) - kept:
         tell(f"note: {skipped} queries do not fit the model's context: skipped")
     if not kept:
         raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or "
@@ -406,7 +406,7 @@ def preflight(args, student, teacher, tokenizer, template, pools):
             return [keyword_verdict(text, query.text[lang], phrases) == "refusal"
                     for text, (query, _) in zip(answers, batch)]
 
-        before = ask(student, write_student_prompts(args, tokenizer, batch))
+        before = ask(student, write_prompts(args, tokenizer, batch))
         after = ask(teacher, write_teacher_prompts(args, teacher, tokenizer, template, batch))
         flips = sum(t and not s for s, t in zip(before, after))
         print(f"preflight {lang}: of {len(batch)} {label} queries the student refuses "

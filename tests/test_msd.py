@@ -319,7 +319,7 @@ def show(tokenizer, *argv, query=QUERY):
     """The texts of (the student's prompt, the teacher's)."""
     args = parse(*argv)
     template = read_template(args.teacher_prompt)
-    [student] = msd.write_student_prompts(args, tokenizer, [(query, "jv")])
+    [student] = msd.write_prompts(args, tokenizer, [(query, "jv")])
     [teacher] = msd.write_teacher_prompts(args, None, tokenizer, template, [(query, "jv")])
     return tokenizer.decode(student), tokenizer.decode(teacher)
 
