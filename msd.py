@@ -325,7 +325,7 @@ def read_data(args, langs):
     asked = evaluation.split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
     read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
                              needs_all=not (args.eval_data or args.kept_out))
-    kept_out = list_texts(pool(read(args.kept_out, holdout=1)))
+    kept_out = list_texts(evaluation.pool(read(args.kept_out, holdout=1)))
     training = []
     for path in args.data:
         try:
@@ -341,17 +341,12 @@ def read_data(args, langs):
 
     limit = args.eval_limit or None
     judged = read(args.eval_data, holdout=1, limit=limit)
-    if not list_texts(training).isdisjoint(list_texts(pool(judged))):
+    if not list_texts(training).isdisjoint(list_texts(evaluation.pool(judged))):
         raise UserError("--eval-data holds queries that this run was trained on: give it from the "
                         "start, or measure by eval.py")
     if args.eval_every:
         judged += read(args.data, label=args.label, holdout=args.holdout, limit=limit)
     return judged, training
-
-
-def pool(cells):
-    """The queries of all cells (path, language, queries)."""
-    return sum((queries for _, _, queries in cells), [])
 
 
 def list_texts(queries):
@@ -613,16 +608,16 @@ def main(args):
           f"'{args.teacher_prompt}'", flush=True)
 
     def show_table():
-        rows, items = evaluation.evaluate(
+        run = evaluation.evaluate(
             student, tokenizer, heldout, refusals=load_refusals(), seen=langs, batch_size=64,
             max_new_tokens=args.eval_max_new_tokens, system=args.system)
-        base = Path(args.out, "after-0.json")
-        base_rows, base_items = read_json(base) if base.is_file() else ([], [])
-        evaluation.compare(rows, items, base_rows, base_items)
+        path = Path(args.out, "after-0.json")
+        base = read_json(path) if path.is_file() else []
+        evaluation.compare(run, base)
         print(f"\nheld-out queries after {step} steps (base: before the first)")
-        evaluation.print_rates(rows, base_rows)
+        evaluation.print_rates(run, base)
         if RANK == 0:
-            evaluation.write(Path(args.out, f"after-{step}.json"), json.dumps((rows, items)))
+            evaluation.write(Path(args.out, f"after-{step}.json"), json.dumps(run))
 
     if args.eval_every and not args.resume:
         if args.preflight:
