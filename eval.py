@@ -100,8 +100,7 @@ def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, s
         if query.label == "qa":
             right = is_correct(text, query.answer, query.choices)
             item["verdict"] = "correct" if right else "wrong"
-        with told_in_a_line(f"cannot write {keep}"), open(keep, "a", encoding="utf-8") as file:
-            file.write(format_item(item))
+        append_line(keep, item)
 
     measure(run, refusals)
     return run
@@ -279,9 +278,16 @@ def write(path, text):
         Path(f"{path}.tmp").replace(path)
 
 
-def format_item(item):
-    """An item as a line of JSONL."""
-    return json.dumps(item, ensure_ascii=False) + "\n"
+def append_line(path, row):
+    """Add a line to a JSONL file; what is not finite becomes null. Raises UserError."""
+    with told_in_a_line(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
+        row = json.loads(json.dumps(row), parse_constant=lambda constant: None)  # JSON has no NaN
+        file.write(format_line(row))
+
+
+def format_line(row):
+    """A dict as a line of JSONL."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def rejudge(args, refusals):
@@ -439,7 +445,7 @@ def report(args, runs):
     rows = [row for row, _ in runs[0]]
     if args.out:
         for run, path in zip(runs, name_items(args.out)):
-            write(path, "".join(map(format_item, pool(run))))
+            write(path, "".join(map(format_line, pool(run))))
         found = {"results": rows, "config": vars(args)}
         write(args.out, json.dumps(found, ensure_ascii=False, indent=1))
     if args.plot:

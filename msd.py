@@ -38,7 +38,7 @@ import eval as evaluation
 from data.judges import find_phrases, keyword_verdict, load_refusals, read_json
 from data.queries import load_queries, normalise, split
 from dpsw import dpsw_loss_chunked
-from eval import told_in_a_line
+from eval import append_line, told_in_a_line
 from sample import (
     HERE, RANK, WORLD, Parser, UserError, add_model_flags, encode_chat, fill_template,
     find_context, find_device, find_path, find_stop_ids, find_vocab_size, gather,
@@ -110,9 +110,9 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
                          responses[i], scores[i]) for i in sorted({0, len(batch) - 1})]
         told = sum(gather(told), [])
         if RANK == 0:
-            append_line(args, "metrics.jsonl", row)
+            append_line(Path(args.out, "metrics.jsonl"), row)
             for line in told[:1] + told[1:][-1:]:
-                append_line(args, "samples.jsonl", line)
+                append_line(Path(args.out, "samples.jsonl"), line)
         bar.set_postfix_str(f"loss {loss:.4f}, {row['response_len']:.0f} tokens a response")
         yield step + 1, bad
 
@@ -505,14 +505,6 @@ data {data}.
 For research. It does not promise safety: it can be jailbroken, and it can refuse what it should
 answer. It was judged by the tables of its own run alone: measure it on your own data.
 """
-
-
-def append_line(args, name, row):
-    """A line more in a .jsonl file of --out; what is not finite becomes null."""
-    path = Path(args.out, name)
-    with told_in_a_line(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
-        row = json.loads(json.dumps(row), parse_constant=lambda constant: None)  # JSON has no NaN
-        f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def summarise(scores, responses, stop_ids):
