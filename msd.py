@@ -37,7 +37,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import eval as evaluation
 from data.judges import find_phrases, keyword_verdict, load_refusals, read_json
 from data.queries import load_queries, normalise, split
-from dpsw import dpsw_loss_chunked
+from dpsw import CHOICES, dpsw_loss_chunked
 from eval import append_line, told_in_a_line
 from sample import (
     HERE, RANK, WORLD, Parser, UserError, add_model_flags, encode_chat, fill_template,
@@ -661,10 +661,10 @@ def build_parser():
         ("--ema-decay", number(0, 1), 0.99, "a step"),
         ("--teacher-prompt", str, "cot", "a name in data/prompts, or a file"),
         ("--cot-tokens", natural, 0, "of judgement, which the teacher writes first, for itself"),
-        ("--weighting", ["dpsw", "teacher", "student", "none"], "dpsw", "see dpsw.py"),
-        ("--student-view", ["teacher", "sampled"], "teacher", "whose token p_S is of"),
-        ("--weight-norm", ["response", "none"], "response", "see dpsw.py"),
-        ("--divergence", ["reverse", "forward", "jsd"], "reverse", "see dpsw.py"),
+        ("--weighting", CHOICES["weighting"], "dpsw", "see dpsw.py"),
+        ("--student-view", CHOICES["student_view"], "teacher", "whose token p_S is of"),
+        ("--weight-norm", CHOICES["weight_norm"], "response", "see dpsw.py"),
+        ("--divergence", CHOICES["divergence"], "reverse", "see dpsw.py"),
         ("--beta", number(0, 1), 0.5, "of jsd"),
         ("--dpsw-top-k", positive, 20, "K of the teacher's entropy"),
         # optimisation
