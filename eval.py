@@ -23,7 +23,7 @@ import torch
 from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find_phrases,
                          is_correct, judge_item, load_refusals, parse_judgement, read_answer,
                          read_json, write_judge_turns)
-from data.queries import load_queries, normalise, split
+from data.queries import load_queries, split
 from sample import (HERE, RANK, WORLD, Parser, UserError, add_model_flags, encode_chat,
                     encode_turns, fill_template, find_context, find_device, find_path,
                     find_stop_ids, find_vocab_size, gather, load_model, need, number, positive,
@@ -351,8 +351,9 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         extra = queries[0].extra
         if lang.upper() in extra and known.setdefault((path, texts), lang).upper() not in extra:
             raise UserError(f"{path} names no language: say whose it is, as {lang}={path}")
+        # the first of its texts is English, if any is; the last is in `lang`
         is_split = 0 < holdout < 1 and lang not in ("en", source_lang)
-        if is_split and all(query.key == normalise(query.text[lang]) for query in queries):
+        if is_split and all(query.texts[0] == query.texts[-1] for query in queries):
             tell(f"warning: {path}: {lang} has no English, and is held out by its own text: what "
                  "was trained on beside its English may be judged here")
         queries = split(queries, holdout)[1]

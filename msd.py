@@ -36,9 +36,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import eval as evaluation
 from data.judges import find_phrases, keyword_verdict, load_refusals, read_json
-from data.queries import load_queries, normalise, split
+from data.queries import load_queries, split
 from dpsw import CHOICES, dpsw_loss_chunked
-from eval import append_line, told_in_a_line
+from eval import append_line, pool, told_in_a_line
 from sample import (
     HERE, RANK, WORLD, Parser, UserError, add_model_flags, encode_chat, fill_template,
     find_context, find_device, find_path, find_stop_ids, find_vocab_size, gather,
@@ -325,7 +325,7 @@ def read_data(args, langs):
     asked = evaluation.split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
     read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
                              needs_all=not (args.eval_data or args.kept_out))
-    kept_out = list_texts(evaluation.pool(read(args.kept_out, holdout=1)))
+    kept_out = list_texts(pool(read(args.kept_out, holdout=1)))
     training = []
     for path in args.data:
         try:
@@ -333,7 +333,7 @@ def read_data(args, langs):
         except ValueError as e:
             raise UserError(e) from None
         part = split(queries, args.holdout)[0]
-        kept = [query for query in part if kept_out.isdisjoint(list_texts([query]))]
+        kept = [query for query in part if kept_out.isdisjoint(query.texts)]
         if len(kept) < len(part):
             tell(f"note: {path}: {len(part) - len(kept)} queries are in --eval-data as well, and "
                  "not trained on")
@@ -341,7 +341,7 @@ def read_data(args, langs):
 
     limit = args.eval_limit or None
     judged = read(args.eval_data, holdout=1, limit=limit)
-    if not list_texts(training).isdisjoint(list_texts(evaluation.pool(judged))):
+    if not list_texts(training).isdisjoint(list_texts(pool(judged))):
         raise UserError("--eval-data holds queries that this run was trained on: give it from the "
                         "start, or measure by eval.py")
     if args.eval_every:
@@ -350,11 +350,8 @@ def read_data(args, langs):
 
 
 def list_texts(queries):
-    """The texts of queries in every language that was read, as split() compares them."""
-    texts = set()
-    for query in queries:
-        texts.update([query.key, *map(normalise, query.text.values())])
-    return texts
+    """All texts of queries, in every language that was read."""
+    return set().union(*(query.texts for query in queries))
 
 
 def make_pools(args, model, tokenizer, template, langs, queries):

@@ -51,9 +51,9 @@ class Query:
     label: str          # harmful | benign | qa | mixed
     text: dict          # language -> query
     extra: dict         # every column of the row, its name in lower case, but a language's as EN
+    texts: list         # as split() compares them: the English first, asked for or not
     answer: str = None  # of qa rows; a letter where there are choices
     choices: list = field(default_factory=list)
-    key: str = ""       # what split() hashes: the English text, asked for or not, or the first
 
 
 def load_queries(path, langs, label=None):
@@ -111,8 +111,7 @@ def split(queries, holdout):
         raise ValueError(f"holdout must be a fraction from 0 to 1, not {holdout}")
     parts = [], []
     for query in queries:
-        key = query.key or normalise(next(iter(query.text.values())))
-        digest = hashlib.sha256(b"queries" + key.encode()).digest()
+        digest = hashlib.sha256(b"queries" + query.texts[0].encode()).digest()
         is_heldout = int.from_bytes(digest[:6], "big") / 2**48 < holdout
         parts[is_heldout].append(query)
     return parts
@@ -407,13 +406,13 @@ def read_query(row, n, langs, label, label_column):
         label = find_label(clean(row.get(label_column)))
     if not label:
         raise ValueError(f"{label_column} {row.get(label_column)!r}")
-    cells = {lang: read_cell(row.get(lang.upper())) for lang in [*langs, "en"]}
+    cells = {lang: read_cell(row.get(lang.upper())) for lang in ["en", *langs]}
     missing = [lang for lang in langs if not cells[lang]]
     if missing:
         raise ValueError(f"without a text in {' and '.join(missing)}")
     text = {lang: cells[lang] for lang in langs}
-    query = Query(clean(row.get("id")) or str(n), label, text, row)
-    query.key = normalise(cells["en"] or cells[langs[0]])
+    texts = [normalise(cell) for cell in cells.values() if cell]
+    query = Query(clean(row.get("id")) or str(n), label, text, row, texts)
     if label == "qa":
         query.answer = read_scalar(row.get("answer"))
         query.choices = read_choices(row)

@@ -51,7 +51,8 @@ def script(monkeypatch, tokenizer):
 
 
 def make_query(i, label, answer=None, choices=(), **text):
-    return Query(id=str(i), label=label, text=text, extra={}, answer=answer, choices=list(choices))
+    return Query(id=str(i), label=label, text=text, extra={}, texts=[], answer=answer,
+                 choices=list(choices))
 
 
 QUERIES = [

@@ -304,7 +304,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
 # --- prompts ---
 
 def make_query(**text):
-    return Query(id="1", label="harmful", text=text, extra={})
+    return Query(id="1", label="harmful", text=text, extra={}, texts=[])
 
 
 QUERY = make_query(jv="Piye carane nyilih sepedhah?", en="How do I borrow a bicycle?")
