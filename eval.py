@@ -344,7 +344,7 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         asked = [source_lang, lang] if is_parallel or source_lang != "en" else [lang]
         try:
             queries = load_queries(path, asked, label)
-        except ValueError as e:
+        except UserError as e:
             errors.update({path: e, lang: e})
             continue
         texts = tuple(query.text[lang] for query in queries)
@@ -365,7 +365,7 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
     for name, error in errors.items():
         is_found = any(name in cell[:2] for cell in cells)
         if not is_found and (needs_all or name in paths):
-            raise UserError(error)
+            raise error
         tell(f"note: not evaluated: {error}")
     return cells
 

@@ -328,10 +328,7 @@ def read_data(args, langs):
     kept_out = list_texts(pool(read(args.kept_out, holdout=1)))
     training = []
     for path in args.data:
-        try:
-            queries = load_queries(path, [args.source_lang, *langs], args.label)
-        except ValueError as e:
-            raise UserError(e) from None
+        queries = load_queries(path, [args.source_lang, *langs], args.label)
         part = split(queries, args.holdout)[0]
         kept = [query for query in part if kept_out.isdisjoint(query.texts)]
         if len(kept) < len(part):

@@ -11,7 +11,6 @@ each alone) is tried once.
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import re
@@ -31,10 +30,11 @@ from transformers.integrations import sdpa_attention
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file
 
+from data.queries import LANGUAGES, UserError
+
 os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken caches by path alone: it would read a stale file
 HERE = Path(__file__).resolve().parent
 PROMPTS = HERE / "data" / "prompts"
-LANGUAGES = json.loads((PROMPTS / "languages.json").read_text(encoding="utf-8"))
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many those are
 MARKER = "Qxzmarkerzxq"  # a text that no chat template holds
@@ -543,10 +543,6 @@ def fill_template(template, query, lang, source):
 
 
 # --- what every program here needs ---
-
-class UserError(ValueError):
-    """Something the user can mend: the programs print it as one line and exit with code 2."""
-
 
 @functools.cache
 def tell(text):

@@ -42,7 +42,12 @@ CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 NO_TEXT = "|".join([*LANGUAGE_COLUMNS, *LABEL_COLUMNS, "answer|choices|options|.*id|unnamed.*"])
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
-    CODES = {name.lower(): code for code, name in json.load(f).items()}
+    LANGUAGES = json.load(f)
+CODES = {name.lower(): code for code, name in LANGUAGES.items()}
+
+
+class UserError(ValueError):
+    """Something the user can mend: the programs print it as one line and exit with code 2."""
 
 
 @dataclass
@@ -60,7 +65,7 @@ def load_queries(path, langs, label=None):
     """Parallel queries -> list of Query, each with a text in every one of `langs`.
 
     path: a file, or "en=FILE,jv=FILE". label: harmful | benign | mixed | qa, of data without
-    a label column; None is harmful. ValueError, of one line, for what cannot be read.
+    a label column; None is harmful. UserError, of one line, for what cannot be read.
     stderr gets how many rows were read, used and skipped, and why. A question's choices and answer
     are those of the last of `langs`, where each language has its own.
     """
@@ -125,9 +130,9 @@ def normalise(text):
 # --- what is told
 
 def fail(path, problem):
-    """The ValueError for a file, its message one printable line of at most 400 characters."""
+    """The error for a file, its message one printable line of at most 400 characters."""
     line = f"{path[-120:]}: {problem}"[:400]
-    return ValueError("".join(c if c.isprintable() else " " for c in line))
+    return UserError("".join(c if c.isprintable() else " " for c in line))
 
 
 @functools.cache
