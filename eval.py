@@ -455,7 +455,7 @@ def report(args, runs):
 
 def main(args):
     """Answer and judge, or judge kept answers again. Whatever fails, what was measured is told."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if WORLD > 1:
         raise UserError("eval.py works in one process: start it without torchrun")
     form = None
     with told_in_a_line("cannot judge"):

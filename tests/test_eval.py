@@ -488,7 +488,7 @@ def test_judged_again_and_again_rows_base_and_what_was_asked_stay(
 
 
 def test_under_torchrun_it_is_refused(brief, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")  # else each process would write the same files
+    monkeypatch.setattr(evaluation, "WORLD", 2)  # else each process would write the same files
     code, _, err = brief()
     assert code == 2 and "without torchrun" in err
 
