@@ -38,7 +38,7 @@ import eval as evaluation
 from data.judges import find_phrases, keyword_verdict, load_refusals, read_json
 from data.queries import load_queries, split
 from dpsw import CHOICES, dpsw_loss_chunked
-from eval import append_line, pool, told_in_a_line
+from eval import append_line, pool, split_langs, told_in_a_line, write
 from sample import (
     HERE, RANK, WORLD, Parser, UserError, add_model_flags, encode_chat, fill_template,
     find_context, find_device, find_path, find_stop_ids, find_vocab_size, gather,
@@ -322,7 +322,7 @@ def read_data(args, langs):
     """(what is judged, what is trained on): cells (path, language, queries) of --eval-data and of
     what is held out of --data; the other queries of --data, but for those that are in --eval-data
     as well. Raises UserError."""
-    asked = evaluation.split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
+    asked = split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
     read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
                              needs_all=not (args.eval_data or args.kept_out))
     kept_out = list_texts(pool(read(args.kept_out, holdout=1)))
@@ -336,13 +336,12 @@ def read_data(args, langs):
                  "not trained on")
         training += kept
 
-    limit = args.eval_limit or None
-    judged = read(args.eval_data, holdout=1, limit=limit)
+    judged = read(args.eval_data, holdout=1, limit=args.eval_limit)
     if not list_texts(training).isdisjoint(list_texts(pool(judged))):
         raise UserError("--eval-data holds queries that this run was trained on: give it from the "
                         "start, or measure by eval.py")
     if args.eval_every:
-        judged += read(args.data, label=args.label, holdout=args.holdout, limit=limit)
+        judged += read(args.data, label=args.label, holdout=args.holdout, limit=args.eval_limit)
     return judged, training
 
 
@@ -448,7 +447,7 @@ def start_out(args, before):
             for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
                 if not old.is_dir():  # what lies deeper is not of a run
                     old.unlink()
-    evaluation.write(Path(args.out, "args.json"), json.dumps(vars(args), indent=1))
+    write(Path(args.out, "args.json"), json.dumps(vars(args), indent=1))
 
 
 def save_checkpoint(args, step, student, teacher, optimizer):
@@ -486,7 +485,7 @@ def save_model(args, student, tokenizer):
     tokenizer.save_pretrained(args.out)
     files = ", ".join(Path(path).name for path in args.data)
     card = CARD.format(**{**vars(args), "data": files})
-    evaluation.write(Path(args.out, "README.md"), card)
+    write(Path(args.out, "README.md"), card)
 
 
 CARD = """---
@@ -539,7 +538,7 @@ def write_page(args):
         lines = Path(args.out, name).read_text(encoding="utf-8").strip().replace("\n", ",\n")
         data = lines.replace("<", r"\u003c")
         page = page.replace(f"__{name}__", data)
-    evaluation.write(Path(args.out, "page.html"), page)
+    write(Path(args.out, "page.html"), page)
 
 
 def reset_peak(device):
@@ -560,7 +559,7 @@ def peak_memory(device):
 
 def complete(args):
     """Fill in the defaults that hang on other flags -> the target languages. Raises UserError."""
-    langs = evaluation.split_langs(args.lang)
+    langs = split_langs(args.lang)
     if not (langs and args.source_lang.strip()):
         raise UserError("--lang or --source-lang names no language")
     if args.divergence == "jsd" and args.beta in (0, 1):
@@ -603,7 +602,7 @@ def main(args):
         print(f"\nheld-out queries after {step} steps (base: before the first)")
         evaluation.print_rates(run, base)
         if RANK == 0:
-            evaluation.write(Path(args.out, f"after-{step}.json"), json.dumps(run))
+            write(Path(args.out, f"after-{step}.json"), json.dumps(run))
 
     if args.eval_every and not args.resume:
         if args.preflight:
@@ -680,7 +679,7 @@ def build_parser():
         ("--eval-every", natural, 1000, "steps between evaluations, beside those before and "
          "after; 0: none at all, and no preflight"),
         ("--eval-lang", str, None, "further languages to judge (sw, where the data is our own)"),
-        ("--eval-limit", natural, 0, "the first N of each data, language and label; 0: all"),
+        ("--eval-limit", positive, None, "the first N of each data, language and label"),
         ("--eval-max-new-tokens", natural, 0, "0: --max-new-tokens, at least 32"),
         ("--preflight", natural, 16, "training queries of each language and label to try first"))
     return parser
