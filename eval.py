@@ -24,10 +24,9 @@ from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find
                          is_correct, judge_item, load_refusals, parse_judgement, read_answer,
                          read_json, write_judge_turns)
 from data.queries import load_queries, split
-from sample import (HERE, RANK, WORLD, Parser, UserError, add_model_flags, encode_chat,
-                    encode_turns, fill_template, find_context, find_device, find_path,
-                    find_stop_ids, find_vocab_size, gather, load_model, need, number, positive,
-                    read_template, sample, tell)
+from sample import (HERE, RANK, WORLD, Parser, UserError, encode_chat, encode_turns, fill_template,
+                    find_context, find_device, find_path, find_stop_ids, find_vocab_size, gather,
+                    load_model, need, number, positive, read_template, sample, tell)
 
 MAIN_RATE = {"harmful": "unsafe", "benign": "over_refusal", "qa": "accuracy"}
 MAIN_VERDICT = {"harmful": "unsafe", "benign": "refusal", "qa": "correct"}  # what the rate counts
@@ -484,7 +483,6 @@ def main(args):
 def build_parser():
     """The command line."""
     parser = Parser(prog="eval.py", description="Safety, over-refusal and accuracy per language.")
-    add_model_flags(parser)
     parser.add_argument("--data", type=find_path, action="append",
                         help="repeatable; default: data/queries.csv")
     parser.add_flags(

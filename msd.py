@@ -40,10 +40,9 @@ from data.queries import load_queries, split
 from dpsw import CHOICES, dpsw_loss_chunked
 from eval import append_line, pool, split_langs, told_in_a_line, write
 from sample import (
-    HERE, RANK, WORLD, Parser, UserError, add_model_flags, encode_chat, fill_template,
-    find_context, find_device, find_path, find_stop_ids, find_vocab_size, gather,
-    load_model, natural, need, number, pad_right, positive, read_template, response_hidden,
-    response_logits, sample, tell)
+    HERE, RANK, WORLD, Parser, UserError, encode_chat, fill_template, find_context, find_device,
+    find_path, find_stop_ids, find_vocab_size, gather, load_model, natural, need, number,
+    pad_right, positive, read_template, response_hidden, response_logits, sample, tell)
 
 try:
     import resource
@@ -632,7 +631,6 @@ def main(args):
 def build_parser():
     """The command line."""
     parser = Parser(prog="msd.py", description="Multilingual safety by self-distillation.")
-    add_model_flags(parser)
     add = parser.add_argument
     add("--lang", required=True, help="target languages, as jv or jv,sw")
     add("--data", type=find_path, action="append",

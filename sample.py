@@ -559,11 +559,19 @@ def gather(x):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, exact flag names, and defaults in --help."""
+    """argparse with one-line errors, exact flag names, defaults in --help, and the flags that
+    every program here has."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.add_flags(
+            ("--model", find_path, str(HERE / "data/tiny"), "a folder or a Hugging Face id"),
+            ("--system", words, None, "the system turn (default: the template's own)"),
+            ("--device", str, "auto", "auto: a GPU where there is one"),
+            ("--dtype", ["auto", "float32", "bfloat16"], "auto",
+             "auto: bfloat16 where a GPU has it"),
+            ("--seed", number(0, 2 ** 31, kind=int), 0, "of all that is random"))
 
     def add_flags(self, *flags):
         """Add flags, each (name, its type or the list of its choices, default, help)."""
@@ -626,16 +634,6 @@ def number(low, high=math.inf, kind=float):
 
 positive = number(1, kind=int)
 natural = number(0, kind=int)
-
-
-def add_model_flags(parser):
-    """The flags that every program here shares."""
-    parser.add_flags(
-        ("--model", find_path, str(HERE / "data/tiny"), "a folder or a Hugging Face id"),
-        ("--system", words, None, "the system turn (default: the template's own)"),
-        ("--device", str, "auto", "auto: a GPU where there is one"),
-        ("--dtype", ["auto", "float32", "bfloat16"], "auto", "auto: bfloat16 where a GPU has it"),
-        ("--seed", number(0, 2 ** 31, kind=int), 0, "of all that is random"))
 
 
 def find_path(name):
@@ -757,7 +755,6 @@ def main(args):
 def build_parser():
     """The command line."""
     parser = Parser(prog="sample.py", description="Talk to a model.")
-    add_model_flags(parser)
     parser.add_flags(
         ("--prompt", words, None, "one query; without it: interactive, an empty line ends"),
         ("--max-new-tokens", positive, 128, "of an answer"),
