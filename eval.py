@@ -347,8 +347,7 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
             errors.update({path: e, lang: e})
             continue
         texts = tuple(query.text[lang] for query in queries)
-        extra = queries[0].extra
-        if lang.upper() in extra and known.setdefault((path, texts), lang).upper() not in extra:
+        if known.setdefault((path, texts), lang).upper() not in queries[0].extra:
             raise UserError(f"{path} names no language: say whose it is, as {lang}={path}")
         # the first of its texts is English, if any is; the last is in `lang`
         is_split = 0 < holdout < 1 and lang not in ("en", source_lang)
