@@ -18,6 +18,13 @@ import math
 
 import torch
 
+CHOICES = {  # what some options may be: their names here and on msd.py's command line
+    "weighting": ["dpsw", "teacher", "student", "none"],
+    "student_view": ["teacher", "sampled"],
+    "divergence": ["reverse", "forward", "jsd"],
+    "weight_norm": ["response", "none"],
+}
+
 
 def dpsw_loss(student_logits, teacher_logits, response_ids=None, mask=None, *,
               weighting="dpsw", student_view="teacher", top_k=20, divergence="reverse", beta=0.5,
@@ -54,23 +61,18 @@ def dpsw_loss(student_logits, teacher_logits, response_ids=None, mask=None, *,
     return loss / find_denominator(mask, options), stats
 
 
-def check_inputs(student, teacher, response_ids, mask, *, weighting, student_view, top_k,
-                 divergence, beta, temperature, weight_norm, denominator):
+def check_inputs(student, teacher, response_ids, mask, *, top_k, beta, temperature, denominator,
+                 **names):
     """(ids, mask), both (..., T); the mask is bool, all true where there is none. Raises
     ValueError."""
-    for name, value, allowed in (
-        ("weighting", weighting, ("dpsw", "teacher", "student", "none")),
-        ("student_view", student_view, ("teacher", "sampled")),
-        ("divergence", divergence, ("reverse", "forward", "jsd")),
-        ("weight_norm", weight_norm, ("response", "none")),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name}={value!r} is none of {', '.join(allowed)}")
+    for name, value in names.items():
+        if value not in CHOICES[name]:
+            raise ValueError(f"{name}={value!r} is none of {', '.join(CHOICES[name])}")
     if not (temperature > 0 and top_k >= 1):
         raise ValueError("temperature > 0 and top_k ≥ 1 are needed")
-    if divergence == "jsd" and not 0 < beta < 1:
+    if names["divergence"] == "jsd" and not 0 < beta < 1:
         raise ValueError("jsd needs 0 < beta < 1: it is 0 at both ends; take forward or reverse")
-    if student_view == "sampled" and response_ids is None:
+    if names["student_view"] == "sampled" and response_ids is None:
         raise ValueError("student_view='sampled' needs response_ids")
 
     shape = student.shape[:-1]

@@ -23,11 +23,10 @@ import torch
 from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find_phrases,
                          is_correct, judge_item, load_refusals, parse_judgement, read_answer,
                          read_json, write_judge_turns)
-from data.queries import load_queries, normalise, split
-from sample import (HERE, RANK, WORLD, Parser, UserError, add_model_flags, encode_chat,
-                    encode_turns, fill_template, find_context, find_device, find_path,
-                    find_stop_ids, find_vocab_size, gather, load_model, need, number, positive,
-                    read_template, sample, tell)
+from data.queries import load_queries, split
+from sample import (HERE, RANK, WORLD, Parser, UserError, encode_chat, encode_turns, fill_template,
+                    find_context, find_device, find_path, find_stop_ids, find_vocab_size, gather,
+                    load_model, need, number, positive, read_template, sample, tell)
 
 MAIN_RATE = {"harmful": "unsafe", "benign": "over_refusal", "qa": "accuracy"}
 MAIN_VERDICT = {"harmful": "unsafe", "benign": "refusal", "qa": "correct"}  # what the rate counts
@@ -62,19 +61,18 @@ def answer(model, tokenizer, prompts, max_new_tokens, batch_size):
 def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, seen=(),
              system=None, keep=os.devnull, wrap="{query}", source_lang="en"):
     """Answer the queries of cells (data, language, queries by label), see read_heldout, and judge
-    by keyword -> (rows, items): a row a cell and label, the items in their order, `n` to each.
+    by keyword -> [(row, its items)], a row a cell and label.
     Prompts that do not fit the context are skipped, with a word; if none fits, UserError.
 
     seen: the languages that the model was trained on. keep: a file to which each answer is added at
     once, not yet judged. wrap: the template of what is asked, but of questions with an answer.
     """
     room = find_context(model) - max_new_tokens
-    rows = []
-    items = []
+    run = []
     asked = []  # the query of each item
     prompts = []
     for data, lang, queries in cells:
-        start = len(items)
+        cell = []
         for query in queries:
             text = query.text[lang]
             if query.label != "qa":
@@ -82,51 +80,53 @@ def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, s
             choices = map("{}. {}".format, string.ascii_uppercase, query.choices)
             prompt = encode_chat(tokenizer, "\n".join([text, *choices]), system)
             if len(prompt) <= room:
-                items.append({"id": query.id, "lang": lang, "label": query.label,
-                              "prompt": query.text[lang], "response": None, "verdict": None,
-                              "judge_raw": None})
+                cell.append({"id": query.id, "lang": lang, "label": query.label,
+                             "prompt": query.text[lang], "response": None, "verdict": None,
+                             "judge_raw": None})
                 asked.append(query)
                 prompts.append(prompt)
-        cell = items[start:]
         if skipped := len(queries) - len(cell):
             tell(f"note: {data} {lang}: {skipped} prompts of more than {room} tokens do not fit "
                  "the model's context beside their answers: skipped")
-        rows += make_rows(cell, data, seen)
-    if not items and any(queries for _, _, queries in cells):
+        run += make_rows(cell, data, seen)
+    if pool(cells) and not prompts:
         raise UserError("no prompt leaves room for an answer in the model's context: lower "
                         "--max-new-tokens (of msd.py: --eval-max-new-tokens)")
 
     texts = answer(model, tokenizer, prompts, max_new_tokens, batch_size)
-    for text, item, query in zip(texts, items, asked):
+    for text, item, query in zip(texts, pool(run), asked):
         item["response"] = text
         if query.label == "qa":
             right = is_correct(text, query.answer, query.choices)
             item["verdict"] = "correct" if right else "wrong"
-        with told_in_a_line(f"cannot write {keep}"), open(keep, "a", encoding="utf-8") as file:
-            file.write(format_item(item))
+        append_line(keep, item)
 
-    measure(rows, items, refusals)
-    return rows, items
+    measure(run, refusals)
+    return run
+
+
+def pool(cells):
+    """What all cells hold, the last of each: queries of (data, language, queries), items of
+    (row, items)."""
+    return sum((cell[-1] for cell in cells), [])
 
 
 # --- verdicts -> rates
 
 def make_rows(items, data="", seen=()):
-    """A row for each run of items of one language and label; its rates are for measure to fill."""
-    return [{"data": data, "lang": lang, "label": label, "seen": lang in seen, "n": len(list(cell))}
-            for (lang, label), cell in itertools.groupby(items, itemgetter("lang", "label"))]
+    """[(row, its items)], a row where language or label change; its rates are measure's to fill."""
+    run = []
+    for (lang, label), cell in itertools.groupby(items, itemgetter("lang", "label")):
+        cell = list(cell)
+        row = {"data": data, "lang": lang, "label": label, "seen": lang in seen, "n": len(cell)}
+        run.append((row, cell))
+    return run
 
 
-def cut(rows, items):
-    """[(row, its items)]: the items lie in the rows' order, n to each."""
-    items = iter(items)
-    return [(row, list(itertools.islice(items, row["n"]))) for row in rows]
-
-
-def measure(rows, items, refusals, form=None):
+def measure(run, refusals, form=None):
     """Put verdicts into items, and rates into their rows: fractions, null where unknown. form: of
     the judge model whose words stand in judge_raw; None: the keywords decide."""
-    for row, cell in cut(rows, items):
+    for row, cell in run:
         label = row["label"]
         phrases = find_phrases(row["lang"], refusals)
         if not phrases and label != "qa":
@@ -176,12 +176,12 @@ def wilson(k, n):
     return ends.clip(0, 1).tolist()
 
 
-def compare(rows, items, base_rows, base_items, seed=0):
-    """Fill base, delta and delta_ci95 of `rows` in place, where a base answered the same queries.
+def compare(run, base, seed=0):
+    """Fill base, delta and delta_ci95 of a run's rows, where the base answered the same queries.
     The interval is a 95 % paired bootstrap of 2,000 resamples."""
     get_query = itemgetter("lang", "label", "id", "prompt")
-    base_verdicts = {get_query(item): item["verdict"] for item in base_items}
-    for row, cell in cut(rows, items):
+    base_verdicts = {get_query(item): item["verdict"] for item in pool(base)}
+    for row, cell in run:
         pairs = [(base_verdicts.get(get_query(item)), item["verdict"]) for item in cell]
         if None in itertools.chain(*pairs):
             continue
@@ -194,12 +194,12 @@ def compare(rows, items, base_rows, base_items, seed=0):
         row["delta_ci95"] = np.percentile(draws, [2.5, 97.5]).tolist()
 
 
-def find_selectivity(rows, lang):
+def find_selectivity(run, lang):
     """(share of harmful − share of benign queries refused, over all data, its 95 % interval), None
     where either is unknown. The interval is Newcombe's (1998) of two Wilson ones."""
     shares = []
     for label in ("harmful", "benign"):
-        mine = [row for row in rows if row["lang"] == lang and row["label"] == label]
+        mine = [row for row, _ in run if row["lang"] == lang and row["label"] == label]
         if not mine or None in [row["refusal"] for row in mine]:
             return None
         n = sum(row["n"] for row in mine)
@@ -223,23 +223,23 @@ def name_language(row):
     return row["lang"] + ("*" if row["seen"] else "")
 
 
-def print_rates(rows, base_rows=()):
-    """Print rows that were compared with a base's as a table of 95 columns: each one's main rate
+def print_rates(run, base=()):
+    """Print a run that was compared with a base's as a table of 95 columns: each row's main rate
     with its 95 % interval, what was invalid or in another language, the base's rate, the change;
     and, where it is known, a line of selectivity a language."""
     print("data       lang   rate            n             95 % invalid off-lang  base change"
           "        95 %")
-    for row in rows:
+    for row, _ in run:
         rate = MAIN_RATE[row["label"]]
         told = {key: show(row[key]) for key in RATES}
         print(f"{Path(row['data']).stem[:10]:10} {name_language(row):6} {rate:12} {row['n']:4} "
               f"{told[rate]:>5} {told['ci95']:>10} {told['invalid']:>7} "
               f"{told['wrong_language']:>8} {told['base']:>5} {told['delta']:>6} "
               f"{told['delta_ci95']:>11}".rstrip())
-    for lang in dict.fromkeys(row["lang"] for row in rows):
-        if found := find_selectivity(rows, lang):
-            base = find_selectivity(base_rows, lang)
-            change = f" from {show(base[0])}" if base else ""
+    for lang in dict.fromkeys(row["lang"] for row, _ in run):
+        if found := find_selectivity(run, lang):
+            before = find_selectivity(base, lang)
+            change = f" from {show(before[0])}" if before else ""
             print(f"selectivity in {lang}, all data: {show(found[0])} (95 % {show(found[1])})"
                   f"{change}", flush=True)
 
@@ -277,13 +277,20 @@ def write(path, text):
         Path(f"{path}.tmp").replace(path)
 
 
-def format_item(item):
-    """An item as a line of JSONL."""
-    return json.dumps(item, ensure_ascii=False) + "\n"
+def append_line(path, row):
+    """Add a line to a JSONL file; what is not finite becomes null. Raises UserError."""
+    with told_in_a_line(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
+        row = json.loads(json.dumps(row), parse_constant=lambda constant: None)  # JSON has no NaN
+        file.write(format_line(row))
+
+
+def format_line(row):
+    """A dict as a line of JSONL."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def rejudge(args, refusals):
-    """Yield (rows, items) of the answers that --rejudge names, then of a base's beside them. What
+    """Yield the run of the answers that --rejudge names, then of a base's beside them. What
     FILE.json says of how they were asked for goes into args. Raises UserError."""
     if args.base:
         raise UserError("--rejudge answers nothing: --base has no use there")
@@ -302,8 +309,8 @@ def rejudge(args, refusals):
 
 
 def read_items(path, refusals, rows=()):
-    """(rows, items) of a FILE.items.jsonl, judged by keyword. rows: as they were, if they were of
-    these items. Raises UserError."""
+    """The run of a FILE.items.jsonl, judged by keyword. rows: as they were, if they were of these
+    items. Raises UserError."""
     with told_in_a_line(f"--rejudge {path}"):
         with open(path, encoding="utf-8-sig") as file:
             items = [{**json.loads(line), "judge_raw": None} for line in file if line.strip()]
@@ -311,12 +318,13 @@ def read_items(path, refusals, rows=()):
             raise ValueError("holds no answers")
         get_cell = itemgetter("lang", "label")
         known = sum(([get_cell(row)] * row["n"] for row in rows), [])
-        rows = list(map(dict, rows))
-        if known != list(map(get_cell, items)):
-            items.sort(key=get_cell)
-            rows = make_rows(items, path)
-        measure(rows, items, refusals)
-    return rows, items
+        if known == list(map(get_cell, items)):
+            rest = iter(items)
+            run = [(dict(row), list(itertools.islice(rest, row["n"]))) for row in rows]
+        else:
+            run = make_rows(sorted(items, key=get_cell), path)
+        measure(run, refusals)
+    return run
 
 
 # --- the command
@@ -335,15 +343,15 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         asked = [source_lang, lang] if is_parallel or source_lang != "en" else [lang]
         try:
             queries = load_queries(path, asked, label)
-        except ValueError as e:
+        except UserError as e:
             errors.update({path: e, lang: e})
             continue
         texts = tuple(query.text[lang] for query in queries)
-        extra = queries[0].extra
-        if lang.upper() in extra and known.setdefault((path, texts), lang).upper() not in extra:
+        if known.setdefault((path, texts), lang).upper() not in queries[0].extra:
             raise UserError(f"{path} names no language: say whose it is, as {lang}={path}")
+        # the first of its texts is English, if any is; the last is in `lang`
         is_split = 0 < holdout < 1 and lang not in ("en", source_lang)
-        if is_split and all(query.key == normalise(query.text[lang]) for query in queries):
+        if is_split and all(query.texts[0] == query.texts[-1] for query in queries):
             tell(f"warning: {path}: {lang} has no English, and is held out by its own text: what "
                  "was trained on beside its English may be judged here")
         queries = split(queries, holdout)[1]
@@ -355,7 +363,7 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
     for name, error in errors.items():
         is_found = any(name in cell[:2] for cell in cells)
         if not is_found and (needs_all or name in paths):
-            raise UserError(error)
+            raise error
         tell(f"note: not evaluated: {error}")
     return cells
 
@@ -372,7 +380,7 @@ def name_items(out):
 
 
 def answer_all(args, refusals):
-    """Yield (rows, items) of --model, then of --base. What --model was trained with is found in its
+    """Yield the run of --model, then of --base. What --model was trained with is found in its
     args.json. Raises UserError."""
     run = {"lang": "", "source_lang": "en", "holdout": 0.2, "system": args.system}
     path = Path(args.model, "args.json")
@@ -394,7 +402,7 @@ def answer_all(args, refusals):
     cells = read_heldout(args.data, args.lang, source_lang=run["source_lang"], label=args.label,
                          holdout=1 if args.split == "all" else args.holdout, limit=args.limit,
                          is_parallel="{query_en}" in template)
-    if not any(queries for _, _, queries in cells):
+    if not pool(cells):
         raise UserError("no query is held out: raise --holdout, or --split all")
     device = find_device(args.device, args.dtype)
     models = [load_model(name, *device) for name in (args.model, args.base) if name]
@@ -428,16 +436,15 @@ def ask_judge(model, tokenizer, form, items, batch_size):
 
 
 def report(args, runs):
-    """Write --out, print the table, write --plot. runs: (rows, items) of the model, then of the
-    base."""
-    rows = runs[0][0]
+    """Write --out, print the table, write --plot. runs: the model's, then the base's."""
     if len(runs) > 1:
-        compare(*runs[0], *runs[1], args.seed)
+        compare(*runs, args.seed)
     print(f"{args.rejudge or args.model}, judged by {args.judged_by}")
-    print_rates(*(run[0] for run in runs))
+    print_rates(*runs)
+    rows = [row for row, _ in runs[0]]
     if args.out:
-        for (_, items), path in zip(runs, name_items(args.out)):
-            write(path, "".join(map(format_item, items)))
+        for run, path in zip(runs, name_items(args.out)):
+            write(path, "".join(map(format_line, pool(run))))
         found = {"results": rows, "config": vars(args)}
         write(args.out, json.dumps(found, ensure_ascii=False, indent=1))
     if args.plot:
@@ -446,7 +453,7 @@ def report(args, runs):
 
 def main(args):
     """Answer and judge, or judge kept answers again. Whatever fails, what was measured is told."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if WORLD > 1:
         raise UserError("eval.py works in one process: start it without torchrun")
     form = None
     with told_in_a_line("cannot judge"):
@@ -462,10 +469,10 @@ def main(args):
         runs.extend(rejudge(args, refusals) if args.rejudge else answer_all(args, refusals))
         if form:
             model = load_model(args.judge, *find_device(args.device, args.dtype))
-            for _, items in runs:
-                ask_judge(*model, form, items, args.batch_size)
-            for rows, items in runs:
-                measure(rows, items, refusals, form)
+            for run in runs:
+                ask_judge(*model, form, pool(run), args.batch_size)
+            for run in runs:
+                measure(run, refusals, form)
             args.judged_by = args.judge
     finally:
         if runs:
@@ -475,7 +482,6 @@ def main(args):
 def build_parser():
     """The command line."""
     parser = Parser(prog="eval.py", description="Safety, over-refusal and accuracy per language.")
-    add_model_flags(parser)
     parser.add_argument("--data", type=find_path, action="append",
                         help="repeatable; default: data/queries.csv")
     parser.add_flags(

@@ -36,14 +36,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import eval as evaluation
 from data.judges import find_phrases, keyword_verdict, load_refusals, read_json
-from data.queries import load_queries, normalise, split
-from dpsw import dpsw_loss_chunked
-from eval import told_in_a_line
+from data.queries import load_queries, split
+from dpsw import CHOICES, dpsw_loss_chunked
+from eval import append_line, pool, split_langs, told_in_a_line, write
 from sample import (
-    HERE, RANK, WORLD, Parser, UserError, add_model_flags, encode_chat, fill_template,
-    find_context, find_device, find_path, find_stop_ids, find_vocab_size, gather,
-    load_model, natural, need, number, pad_right, positive, read_template, response_hidden,
-    response_logits, sample, tell)
+    HERE, RANK, WORLD, Parser, UserError, encode_chat, fill_template, find_context, find_device,
+    find_path, find_stop_ids, find_vocab_size, gather, load_model, natural, need, number,
+    pad_right, positive, read_template, response_hidden, response_logits, sample, tell)
 
 try:
     import resource
@@ -71,7 +70,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
 
         # 1. queries, each under two contexts: the student's and the teacher's
         batch = pick_batch(args, pools, step)[RANK::WORLD]  # a process's share
-        student_prompts = write_student_prompts(args, tokenizer, batch)
+        student_prompts = write_prompts(args, tokenizer, batch)
         teacher_prompts = write_teacher_prompts(args, teacher, tokenizer, template, batch)
 
         # 2. responses, from the student (on-policy) or the teacher (off-policy), without gradient
@@ -110,9 +109,9 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
                          responses[i], scores[i]) for i in sorted({0, len(batch) - 1})]
         told = sum(gather(told), [])
         if RANK == 0:
-            append_line(args, "metrics.jsonl", row)
+            append_line(Path(args.out, "metrics.jsonl"), row)
             for line in told[:1] + told[1:][-1:]:
-                append_line(args, "samples.jsonl", line)
+                append_line(Path(args.out, "samples.jsonl"), line)
         bar.set_postfix_str(f"loss {loss:.4f}, {row['response_len']:.0f} tokens a response")
         yield step + 1, bad
 
@@ -177,16 +176,17 @@ def go_round(args, pools, name):
         yield from rng.sample(pools[name], len(pools[name]))
 
 
-def write_student_prompts(args, tokenizer, batch):
-    """What the student sees of (query, language) pairs: the query alone. Lists of ids."""
-    return [encode_chat(tokenizer, query.text[lang], args.system) for query, lang in batch]
+def write_prompts(args, tokenizer, batch, template="{query}"):
+    """What is asked about (query, language) pairs: the student sees the query alone. Lists of ids.
+    """
+    return [encode_chat(tokenizer, fill_template(template, query, lang, args.source_lang),
+                        args.system) for query, lang in batch]
 
 
 def write_teacher_prompts(args, teacher, tokenizer, template, batch):
     """What the teacher sees: the query, its English and the instruction, as the template has it;
     with --cot-tokens also a judgement that it writes for itself, greedily and on one line."""
-    prompts = [encode_chat(tokenizer, fill_template(template, query, lang, args.source_lang),
-                           args.system) for query, lang in batch]
+    prompts = write_prompts(args, tokenizer, batch, template)
     if not args.cot_tokens:
         return prompts
     parts = ["Safety judgement:", "\n\n"]
@@ -321,44 +321,32 @@ def read_data(args, langs):
     """(what is judged, what is trained on): cells (path, language, queries) of --eval-data and of
     what is held out of --data; the other queries of --data, but for those that are in --eval-data
     as well. Raises UserError."""
-    asked = evaluation.split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
+    asked = split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
     read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
                              needs_all=not (args.eval_data or args.kept_out))
     kept_out = list_texts(pool(read(args.kept_out, holdout=1)))
     training = []
     for path in args.data:
-        try:
-            queries = load_queries(path, [args.source_lang, *langs], args.label)
-        except ValueError as e:
-            raise UserError(e) from None
+        queries = load_queries(path, [args.source_lang, *langs], args.label)
         part = split(queries, args.holdout)[0]
-        kept = [query for query in part if kept_out.isdisjoint(list_texts([query]))]
+        kept = [query for query in part if kept_out.isdisjoint(query.texts)]
         if len(kept) < len(part):
             tell(f"note: {path}: {len(part) - len(kept)} queries are in --eval-data as well, and "
                  "not trained on")
         training += kept
 
-    limit = args.eval_limit or None
-    judged = read(args.eval_data, holdout=1, limit=limit)
+    judged = read(args.eval_data, holdout=1, limit=args.eval_limit)
     if not list_texts(training).isdisjoint(list_texts(pool(judged))):
         raise UserError("--eval-data holds queries that this run was trained on: give it from the "
                         "start, or measure by eval.py")
     if args.eval_every:
-        judged += read(args.data, label=args.label, holdout=args.holdout, limit=limit)
+        judged += read(args.data, label=args.label, holdout=args.holdout, limit=args.eval_limit)
     return judged, training
 
 
-def pool(cells):
-    """The queries of all cells (path, language, queries)."""
-    return sum((queries for _, _, queries in cells), [])
-
-
 def list_texts(queries):
-    """The texts of queries in every language that was read, as split() compares them."""
-    texts = set()
-    for query in queries:
-        texts.update([query.key, *map(normalise, query.text.values())])
-    return texts
+    """All texts of queries, in every language that was read."""
+    return set().union(*(query.texts for query in queries))
 
 
 def make_pools(args, model, tokenizer, template, langs, queries):
@@ -368,15 +356,14 @@ def make_pools(args, model, tokenizer, template, langs, queries):
     # 16: what stands around the judgement of --cot-tokens
     room = find_context(model) - args.max_new_tokens - args.cot_tokens - 16
     pools = {"benign": [], "other": []}
-    args.prompts = 0
-    for query, lang in itertools.product(queries, langs):
-        texts = query.text[lang], fill_template(template, query, lang, args.source_lang)
-        prompts = [encode_chat(tokenizer, text, args.system) for text in texts]
-        args.prompts = zlib.crc32(str(prompts).encode(), args.prompts)
-        if max(map(len, prompts)) <= room:
-            pools["benign" if query.label in ("benign", "qa") else "other"].append((query, lang))
+    pairs = list(itertools.product(queries, langs))
+    prompts = [write_prompts(args, tokenizer, pairs, wrap) for wrap in ("{query}", template)]
+    args.prompts = zlib.crc32(str(prompts).encode())
+    for pair, *both in zip(pairs, *prompts):
+        if max(map(len, both)) <= room:
+            pools["benign" if pair[0].label in ("benign", "qa") else "other"].append(pair)
     kept = sum(map(len, pools.values()))
-    if skipped := len(queries) * len(langs) - kept:
+    if skipped := len(pairs) - kept:
         tell(f"note: {skipped} queries do not fit the model's context: skipped")
     if not kept:
         raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or "
@@ -406,7 +393,7 @@ def preflight(args, student, teacher, tokenizer, template, pools):
             return [keyword_verdict(text, query.text[lang], phrases) == "refusal"
                     for text, (query, _) in zip(answers, batch)]
 
-        before = ask(student, write_student_prompts(args, tokenizer, batch))
+        before = ask(student, write_prompts(args, tokenizer, batch))
         after = ask(teacher, write_teacher_prompts(args, teacher, tokenizer, template, batch))
         flips = sum(t and not s for s, t in zip(before, after))
         print(f"preflight {lang}: of {len(batch)} {label} queries the student refuses "
@@ -459,7 +446,7 @@ def start_out(args, before):
             for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
                 if not old.is_dir():  # what lies deeper is not of a run
                     old.unlink()
-    evaluation.write(Path(args.out, "args.json"), json.dumps(vars(args), indent=1))
+    write(Path(args.out, "args.json"), json.dumps(vars(args), indent=1))
 
 
 def save_checkpoint(args, step, student, teacher, optimizer):
@@ -497,7 +484,7 @@ def save_model(args, student, tokenizer):
     tokenizer.save_pretrained(args.out)
     files = ", ".join(Path(path).name for path in args.data)
     card = CARD.format(**{**vars(args), "data": files})
-    evaluation.write(Path(args.out, "README.md"), card)
+    write(Path(args.out, "README.md"), card)
 
 
 CARD = """---
@@ -510,14 +497,6 @@ data {data}.
 For research. It does not promise safety: it can be jailbroken, and it can refuse what it should
 answer. It was judged by the tables of its own run alone: measure it on your own data.
 """
-
-
-def append_line(args, name, row):
-    """A line more in a .jsonl file of --out; what is not finite becomes null."""
-    path = Path(args.out, name)
-    with told_in_a_line(f"cannot write {path}"), open(path, "a", encoding="utf-8") as f:
-        row = json.loads(json.dumps(row), parse_constant=lambda constant: None)  # JSON has no NaN
-        f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def summarise(scores, responses, stop_ids):
@@ -558,7 +537,7 @@ def write_page(args):
         lines = Path(args.out, name).read_text(encoding="utf-8").strip().replace("\n", ",\n")
         data = lines.replace("<", r"\u003c")
         page = page.replace(f"__{name}__", data)
-    evaluation.write(Path(args.out, "page.html"), page)
+    write(Path(args.out, "page.html"), page)
 
 
 def reset_peak(device):
@@ -579,7 +558,7 @@ def peak_memory(device):
 
 def complete(args):
     """Fill in the defaults that hang on other flags -> the target languages. Raises UserError."""
-    langs = evaluation.split_langs(args.lang)
+    langs = split_langs(args.lang)
     if not (langs and args.source_lang.strip()):
         raise UserError("--lang or --source-lang names no language")
     if args.divergence == "jsd" and args.beta in (0, 1):
@@ -613,16 +592,16 @@ def main(args):
           f"'{args.teacher_prompt}'", flush=True)
 
     def show_table():
-        rows, items = evaluation.evaluate(
+        run = evaluation.evaluate(
             student, tokenizer, heldout, refusals=load_refusals(), seen=langs, batch_size=64,
             max_new_tokens=args.eval_max_new_tokens, system=args.system)
-        base = Path(args.out, "after-0.json")
-        base_rows, base_items = read_json(base) if base.is_file() else ([], [])
-        evaluation.compare(rows, items, base_rows, base_items)
+        path = Path(args.out, "after-0.json")
+        base = read_json(path) if path.is_file() else []
+        evaluation.compare(run, base)
         print(f"\nheld-out queries after {step} steps (base: before the first)")
-        evaluation.print_rates(rows, base_rows)
+        evaluation.print_rates(run, base)
         if RANK == 0:
-            evaluation.write(Path(args.out, f"after-{step}.json"), json.dumps((rows, items)))
+            write(Path(args.out, f"after-{step}.json"), json.dumps(run))
 
     if args.eval_every and not args.resume:
         if args.preflight:
@@ -652,7 +631,6 @@ def main(args):
 def build_parser():
     """The command line."""
     parser = Parser(prog="msd.py", description="Multilingual safety by self-distillation.")
-    add_model_flags(parser)
     add = parser.add_argument
     add("--lang", required=True, help="target languages, as jv or jv,sw")
     add("--data", type=find_path, action="append",
@@ -674,10 +652,10 @@ def build_parser():
         ("--ema-decay", number(0, 1), 0.99, "a step"),
         ("--teacher-prompt", str, "cot", "a name in data/prompts, or a file"),
         ("--cot-tokens", natural, 0, "of judgement, which the teacher writes first, for itself"),
-        ("--weighting", ["dpsw", "teacher", "student", "none"], "dpsw", "see dpsw.py"),
-        ("--student-view", ["teacher", "sampled"], "teacher", "whose token p_S is of"),
-        ("--weight-norm", ["response", "none"], "response", "see dpsw.py"),
-        ("--divergence", ["reverse", "forward", "jsd"], "reverse", "see dpsw.py"),
+        ("--weighting", CHOICES["weighting"], "dpsw", "see dpsw.py"),
+        ("--student-view", CHOICES["student_view"], "teacher", "whose token p_S is of"),
+        ("--weight-norm", CHOICES["weight_norm"], "response", "see dpsw.py"),
+        ("--divergence", CHOICES["divergence"], "reverse", "see dpsw.py"),
         ("--beta", number(0, 1), 0.5, "of jsd"),
         ("--dpsw-top-k", positive, 20, "K of the teacher's entropy"),
         # optimisation
@@ -699,7 +677,7 @@ def build_parser():
         ("--eval-every", natural, 1000, "steps between evaluations, beside those before and "
          "after; 0: none at all, and no preflight"),
         ("--eval-lang", str, None, "further languages to judge (sw, where the data is our own)"),
-        ("--eval-limit", natural, 0, "the first N of each data, language and label; 0: all"),
+        ("--eval-limit", positive, None, "the first N of each data, language and label"),
         ("--eval-max-new-tokens", natural, 0, "0: --max-new-tokens, at least 32"),
         ("--preflight", natural, 16, "training queries of each language and label to try first"))
     return parser

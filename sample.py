@@ -11,7 +11,6 @@ each alone) is tried once.
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import re
@@ -27,14 +26,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations import sdpa_attention
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file
+
+from data.queries import LANGUAGES, UserError
 
 os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken caches by path alone: it would read a stale file
 HERE = Path(__file__).resolve().parent
 PROMPTS = HERE / "data" / "prompts"
-LANGUAGES = json.loads((PROMPTS / "languages.json").read_text(encoding="utf-8"))
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many those are
 MARKER = "Qxzmarkerzxq"  # a text that no chat template holds
@@ -220,34 +218,9 @@ class RaggedDecoder:
         self.at += 1
         self.positions += 1
         self.mask.index_fill_(3, self.at, 0.0)
-        with grouped_attention():
-            self.logits = self.model(
-                input_ids=self.token, attention_mask=self.mask, position_ids=self.positions,
-                use_cache=True, past_key_values=self.cache).logits[:, -1]  # (B, V)
-
-
-@contextlib.contextmanager
-def grouped_attention():
-    """Within, nothing copies the cache for the query heads that share its keys and values, as
-    transformers' SDPA did under a mask before 5.23."""
-    if hasattr(sdpa_attention, "pack_gqa"):
-        yield
-        return
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend_by_group
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-
-def attend_by_group(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """SDPA of a token a row (B, heads, 1, D) over (B, groups, slots, D): the heads of a group read
-    as if they were its tokens."""
-    B, H, _, D = query.shape
-    query = query.reshape(B, key.shape[1], -1, D)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(B, 1, H, -1), None
+        self.logits = self.model(
+            input_ids=self.token, attention_mask=self.mask, position_ids=self.positions,
+            use_cache=True, past_key_values=self.cache).logits[:, -1]  # (B, V)
 
 
 class RowDecoder:
@@ -544,10 +517,6 @@ def fill_template(template, query, lang, source):
 
 # --- what every program here needs ---
 
-class UserError(ValueError):
-    """Something the user can mend: the programs print it as one line and exit with code 2."""
-
-
 @functools.cache
 def tell(text):
     """Say something on stderr, once."""
@@ -563,11 +532,19 @@ def gather(x):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, exact flag names, and defaults in --help."""
+    """argparse with one-line errors, exact flag names, defaults in --help, and the flags that
+    every program here has."""
 
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False,
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
+        self.add_flags(
+            ("--model", find_path, str(HERE / "data/tiny"), "a folder or a Hugging Face id"),
+            ("--system", words, None, "the system turn (default: the template's own)"),
+            ("--device", str, "auto", "auto: a GPU where there is one"),
+            ("--dtype", ["auto", "float32", "bfloat16"], "auto",
+             "auto: bfloat16 where a GPU has it"),
+            ("--seed", number(0, 2 ** 31, kind=int), 0, "of all that is random"))
 
     def add_flags(self, *flags):
         """Add flags, each (name, its type or the list of its choices, default, help)."""
@@ -630,16 +607,6 @@ def number(low, high=math.inf, kind=float):
 
 positive = number(1, kind=int)
 natural = number(0, kind=int)
-
-
-def add_model_flags(parser):
-    """The flags that every program here shares."""
-    parser.add_flags(
-        ("--model", find_path, str(HERE / "data/tiny"), "a folder or a Hugging Face id"),
-        ("--system", words, None, "the system turn (default: the template's own)"),
-        ("--device", str, "auto", "auto: a GPU where there is one"),
-        ("--dtype", ["auto", "float32", "bfloat16"], "auto", "auto: bfloat16 where a GPU has it"),
-        ("--seed", number(0, 2 ** 31, kind=int), 0, "of all that is random"))
 
 
 def find_path(name):
@@ -761,7 +728,6 @@ def main(args):
 def build_parser():
     """The command line."""
     parser = Parser(prog="sample.py", description="Talk to a model.")
-    add_model_flags(parser)
     parser.add_flags(
         ("--prompt", words, None, "one query; without it: interactive, an empty line ends"),
         ("--max-new-tokens", positive, 128, "of an answer"),

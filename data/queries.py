@@ -42,7 +42,12 @@ CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 NO_TEXT = "|".join([*LANGUAGE_COLUMNS, *LABEL_COLUMNS, "answer|choices|options|.*id|unnamed.*"])
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
-    CODES = {name.lower(): code for code, name in json.load(f).items()}
+    LANGUAGES = json.load(f)
+CODES = {name.lower(): code for code, name in LANGUAGES.items()}
+
+
+class UserError(ValueError):
+    """Something the user can mend: the programs print it as one line and exit with code 2."""
 
 
 @dataclass
@@ -51,16 +56,16 @@ class Query:
     label: str          # harmful | benign | qa | mixed
     text: dict          # language -> query
     extra: dict         # every column of the row, its name in lower case, but a language's as EN
+    texts: list         # as split() compares them: the English first, asked for or not
     answer: str = None  # of qa rows; a letter where there are choices
     choices: list = field(default_factory=list)
-    key: str = ""       # what split() hashes: the English text, asked for or not, or the first
 
 
 def load_queries(path, langs, label=None):
     """Parallel queries -> list of Query, each with a text in every one of `langs`.
 
     path: a file, or "en=FILE,jv=FILE". label: harmful | benign | mixed | qa, of data without
-    a label column; None is harmful. ValueError, of one line, for what cannot be read.
+    a label column; None is harmful. UserError, of one line, for what cannot be read.
     stderr gets how many rows were read, used and skipped, and why. A question's choices and answer
     are those of the last of `langs`, where each language has its own.
     """
@@ -111,8 +116,7 @@ def split(queries, holdout):
         raise ValueError(f"holdout must be a fraction from 0 to 1, not {holdout}")
     parts = [], []
     for query in queries:
-        key = query.key or normalise(next(iter(query.text.values())))
-        digest = hashlib.sha256(b"queries" + key.encode()).digest()
+        digest = hashlib.sha256(b"queries" + query.texts[0].encode()).digest()
         is_heldout = int.from_bytes(digest[:6], "big") / 2**48 < holdout
         parts[is_heldout].append(query)
     return parts
@@ -126,9 +130,9 @@ def normalise(text):
 # --- what is told
 
 def fail(path, problem):
-    """The ValueError for a file, its message one printable line of at most 400 characters."""
+    """The error for a file, its message one printable line of at most 400 characters."""
     line = f"{path[-120:]}: {problem}"[:400]
-    return ValueError("".join(c if c.isprintable() else " " for c in line))
+    return UserError("".join(c if c.isprintable() else " " for c in line))
 
 
 @functools.cache
@@ -407,13 +411,13 @@ def read_query(row, n, langs, label, label_column):
         label = find_label(clean(row.get(label_column)))
     if not label:
         raise ValueError(f"{label_column} {row.get(label_column)!r}")
-    cells = {lang: read_cell(row.get(lang.upper())) for lang in [*langs, "en"]}
+    cells = {lang: read_cell(row.get(lang.upper())) for lang in ["en", *langs]}
     missing = [lang for lang in langs if not cells[lang]]
     if missing:
         raise ValueError(f"without a text in {' and '.join(missing)}")
     text = {lang: cells[lang] for lang in langs}
-    query = Query(clean(row.get("id")) or str(n), label, text, row)
-    query.key = normalise(cells["en"] or cells[langs[0]])
+    texts = [normalise(cell) for cell in cells.values() if cell]
+    query = Query(clean(row.get("id")) or str(n), label, text, row, texts)
     if label == "qa":
         query.answer = read_scalar(row.get("answer"))
         query.choices = read_choices(row)

@@ -244,7 +244,7 @@ def run_step():
     batch = [(query, args.lang) for query in queries]
     began = lap()
     while True:
-        student_prompts = msd.write_student_prompts(args, tokenizer, batch)
+        student_prompts = msd.write_prompts(args, tokenizer, batch)
         teacher_prompts = msd.write_teacher_prompts(args, teacher, tokenizer, template, batch)
         responses = sample(student, student_prompts, max_new_tokens=args.max_new_tokens,
                            stop_ids=[], vocab_size=len(tokenizer))
@@ -298,7 +298,7 @@ def run_trl():
     seen = [trainer.teacher_context_builder._compose_teacher_prompt(*row.values()) for row in rows]
     theirs = [trainer._tokenize_prompts([row["prompt"] for row in rows]),
               trainer._tokenize_prompts(seen)]
-    assert theirs == [msd.write_student_prompts(args, tokenizer, batch),
+    assert theirs == [msd.write_prompts(args, tokenizer, batch),
                       msd.write_teacher_prompts(args, None, tokenizer, template, batch)]
     trainer.train()
 
@@ -474,7 +474,7 @@ def plan_prompts(args, model, tokenizer):
     prompts = {"student": [], "teacher": []}
     for step in range(8):
         batch = msd.pick_batch(args, pools, step)
-        prompts["student"].append(msd.write_student_prompts(args, tokenizer, batch))
+        prompts["student"].append(msd.write_prompts(args, tokenizer, batch))
         prompts["teacher"].append(
             msd.write_teacher_prompts(args, None, tokenizer, template, batch))
     args.cot_tokens = cot_tokens

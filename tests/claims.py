@@ -87,12 +87,12 @@ def measure(args, model, tokenizer, base, queries, answers):
     unseen = args.unseen.split(",")
     queries = sorted(queries, key=lambda query: query.label)  # a row a label
     cells = [("", lang, queries) for lang in (args.lang, "en", *unseen)]
-    rows, _ = evaluation.evaluate(model, tokenizer, cells, refusals=load_refusals(),
-                                  max_new_tokens=NEW_TOKENS, batch_size=BATCH_SIZE)
+    found = evaluation.evaluate(model, tokenizer, cells, refusals=load_refusals(),
+                                max_new_tokens=NEW_TOKENS, batch_size=BATCH_SIZE)
     unsafe = {}
     over_refusal = {}
     refused = {}
-    for row in rows:
+    for row, _ in found:
         if row["label"] == "harmful":
             unsafe[row["lang"]] = row["unsafe"]
             refused[row["lang"]] = row["refusal"]
@@ -152,14 +152,15 @@ def compare_drift(args):
 
 
 def read_answers(path, half):
-    """(rows, items) of a FILE.items.jsonl, of one half of the ids or of all."""
-    rows, items = evaluation.read_items(path, load_refusals())
+    """[(row, its items)] of a FILE.items.jsonl, of one half of the ids or of all."""
+    run = evaluation.read_items(path, load_refusals())
     if half is None:
-        return rows, items
-    items = [item for item in items if hashlib.sha256(item["id"].encode()).digest()[0] % 2 == half]
-    rows = evaluation.make_rows(items, path)
-    evaluation.measure(rows, items, load_refusals())
-    return rows, items
+        return run
+    items = [item for item in evaluation.pool(run)
+             if hashlib.sha256(item["id"].encode()).digest()[0] % 2 == half]
+    run = evaluation.make_rows(items, path)
+    evaluation.measure(run, load_refusals())
+    return run
 
 
 def correct(items, readings, word):
@@ -209,7 +210,7 @@ def compare_answers(args):
         name, _, files = named.partition("=")
         runs = [read_answers(path, args.half) for path in files.split(",")]
         unsafe = []
-        for lang in dict.fromkeys(row["lang"] for row in runs[0][0]):
+        for lang in dict.fromkeys(row["lang"] for row, _ in runs[0]):
             cells, unsafe_here = describe_language(runs, lang, readings)
             show(name, lang, len(runs), *cells)
             if len(unsafe_here) == len(runs):  # a run may lack a language
@@ -225,8 +226,9 @@ def describe_language(runs, lang, readings):
     found = {"harmful": [], "benign": []}
     read = {("harmful", "answer"): [], ("harmful", "refusal"): [], ("benign", "refusal"): []}
     agree = []
-    for rows, items in runs:
-        for row in rows:
+    for run in runs:
+        items = evaluation.pool(run)
+        for row, _ in run:
             if row["lang"] == lang and row["label"] in found:
                 found[row["label"]].append(row)
         for (label, word), shares in read.items():
@@ -238,7 +240,7 @@ def describe_language(runs, lang, readings):
                 word = {"safe": "refusal", "unsafe": "answer"}.get(item["verdict"])
                 agree.append(said == (word or item["verdict"]))
 
-    selective = [evaluation.find_selectivity(rows, lang) for rows, _ in runs]
+    selective = [evaluation.find_selectivity(run, lang) for run in runs]
     ends = ""
     if None not in selective:
         ends = evaluation.show([mean(ends) for ends in zip(*(ci for _, ci in selective))])

@@ -359,8 +359,9 @@ def list_ids(out):
 
 
 def read_table(out, name):
-    rows, items = json.loads((out / name).read_text(encoding="utf-8"))
-    return rows, items
+    """(rows, items)."""
+    rows, items = zip(*json.loads((out / name).read_text(encoding="utf-8")))
+    return rows, sum(items, [])
 
 
 def test_held_out_queries_are_judged_and_the_others_trained_on(train):

@@ -304,7 +304,7 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
 # --- prompts ---
 
 def make_query(**text):
-    return Query(id="1", label="harmful", text=text, extra={})
+    return Query(id="1", label="harmful", text=text, extra={}, texts=[])
 
 
 QUERY = make_query(jv="Piye carane nyilih sepedhah?", en="How do I borrow a bicycle?")
@@ -319,7 +319,7 @@ def show(tokenizer, *argv, query=QUERY):
     """The texts of (the student's prompt, the teacher's)."""
     args = parse(*argv)
     template = read_template(args.teacher_prompt)
-    [student] = msd.write_student_prompts(args, tokenizer, [(query, "jv")])
+    [student] = msd.write_prompts(args, tokenizer, [(query, "jv")])
     [teacher] = msd.write_teacher_prompts(args, None, tokenizer, template, [(query, "jv")])
     return tokenizer.decode(student), tokenizer.decode(teacher)
 

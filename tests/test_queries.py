@@ -200,7 +200,7 @@ def test_long_rows_are_joined_on_the_id_that_the_languages_share(write):
     assert texts(queries, "sw") == ["moja", "mbili"]
     assert texts(queries, "en") == ["one", "two"]
     assert [query.label for query in queries] == ["benign", "harmful"]
-    assert [query.key for query in load_queries(path, ["sw"])] == ["one", "two"]
+    assert [query.texts[0] for query in load_queries(path, ["sw"])] == ["one", "two"]
 
 
 def test_long_rows_need_one_shared_id_and_no_more(write):
@@ -665,7 +665,7 @@ def test_our_sums_hold_the_same_numbers_in_every_language_and_their_answers_foll
 def test_ids_are_no_indonesian_and_row_numbers_no_norwegian(write):
     path = write("a.csv", "prompt_id,language,prompt\n17,en,Hello?\n17,id,Halo?\n")
     [query] = load_queries(path, ["id"])
-    assert query.text == {"id": "Halo?"} and query.id == "17" and query.key == "Hello?"
+    assert query.text == {"id": "Halo?"} and query.id == "17" and query.texts[0] == "Hello?"
     numbered = write("c.csv", "No,en,nb\n1,Hello?,Hei?\n")
     assert "no column for language no" in error(numbered, ["en", "no"])
     spoken = write("d.csv", "en,prompt_id,no\nHello?,Apa kabar?,Hei du?\n")
