@@ -26,6 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations import sdpa_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file
 
 from data.queries import LANGUAGES, UserError
@@ -218,9 +220,34 @@ class RaggedDecoder:
         self.at += 1
         self.positions += 1
         self.mask.index_fill_(3, self.at, 0.0)
-        self.logits = self.model(
-            input_ids=self.token, attention_mask=self.mask, position_ids=self.positions,
-            use_cache=True, past_key_values=self.cache).logits[:, -1]  # (B, V)
+        with grouped_attention():
+            self.logits = self.model(
+                input_ids=self.token, attention_mask=self.mask, position_ids=self.positions,
+                use_cache=True, past_key_values=self.cache).logits[:, -1]  # (B, V)
+
+
+@contextlib.contextmanager
+def grouped_attention():
+    """Within, nothing copies the cache for the query heads that share its keys and values, as
+    transformers' SDPA did under a mask before 5.23."""
+    if hasattr(sdpa_attention, "pack_gqa"):
+        yield
+        return
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend_by_group
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def attend_by_group(module, query, key, value, attention_mask, scaling=None, **kwargs):
+    """SDPA of a token a row (B, heads, 1, D) over (B, groups, slots, D): the heads of a group read
+    as if they were its tokens."""
+    B, H, _, D = query.shape
+    query = query.reshape(B, key.shape[1], -1, D)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=attention_mask, scale=scaling)
+    return out.reshape(B, 1, H, -1), None
 
 
 class RowDecoder:

@@ -345,8 +345,23 @@ def check_masters():
 
 
 def check_sdpa():
-    """cuDNN's attention, which plans anew for every shape: a first and a later call."""
+    """A decoded token's attention over a cache of grouped heads, as the sampler has it and as a
+    copy for each head; and cuDNN's, which plans anew for every shape: a first and a later call."""
     attend = torch.nn.functional.scaled_dot_product_attention
+    B, slots, groups, D = (16, 1024, 4, 128) if CUDA else (2, 16, 2, 8)
+    heads = 7 * groups
+    query = torch.randn(B, heads, 1, D, device=DEVICE, dtype=DTYPE)
+    cache = torch.randn(B, groups, slots, D, device=DEVICE, dtype=DTYPE)
+    mask = torch.zeros(B, 1, 1, slots, device=DEVICE, dtype=DTYPE)
+    grouped, _ = sampler.attend_by_group(None, query, cache, cache, mask)
+    copied = cache.repeat_interleave(7, 1)
+    expected = attend(query, copied, copied, attn_mask=mask).transpose(1, 2)
+    own = measure(lambda: sampler.attend_by_group(None, query, cache, cache, mask))
+    theirs = measure(lambda: attend(query, cache.repeat_interleave(7, 1),
+                                    cache.repeat_interleave(7, 1), attn_mask=mask))
+    tell("sdpa: milliseconds of grouped heads, packed and copied",
+         torch.allclose(grouped, expected, atol=2e-2), packed=1e3 * own, copied=1e3 * theirs,
+         share_of_memory_rate=2 * cache.nbytes / own / CARD["bytes"])
     if not CUDA:
         tell("sdpa: cuDNN skipped without CUDA")
         return
