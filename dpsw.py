@@ -76,11 +76,13 @@ def check_inputs(student, teacher, response_ids, mask, *, top_k, beta, temperatu
         raise ValueError("student_view='sampled' needs response_ids")
 
     shape = student.shape[:-1]
+    if not shape:
+        raise ValueError("a dimension of tokens is needed: (..., T, V)")
     if mask is None:
         mask = torch.ones(shape, device=student.device)
     if response_ids is None:
         response_ids = mask  # any numbers: they are not read
-    for name, x in (("teacher", teacher[..., 0]), ("response_ids", response_ids), ("mask", mask)):
+    for name, x in (("teacher", teacher[..., 0]), ("mask", mask), ("response_ids", response_ids)):
         if x.shape != shape:
             raise ValueError(
                 f"{name}: tokens {tuple(x.shape)}, where the student's are {tuple(shape)}")
@@ -170,6 +172,8 @@ def dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head
     returned, as for dpsw_loss. The gradient reaches student_hidden and student_head.parameters(),
     never the teacher; it is backpropagated once.
     """
+    if unknown := options.keys() - dpsw_loss.__kwdefaults__.keys():
+        raise TypeError(f"unknown keywords: {', '.join(unknown)}")
     options = {**dpsw_loss.__kwdefaults__, **options}
     ids, mask = check_inputs(student_hidden, teacher_hidden, response_ids, mask, **options)
     if chunk_size < 1:

@@ -49,6 +49,7 @@ try:
 except ImportError:  # not on Windows
     resource = None
 
+JUDGEMENT = "Safety judgement:"  # opens what --cot-tokens lets the teacher write
 MAX_BAD_STEPS = 5  # in a row, of a loss or gradient that is not finite
 # what --resume may change, beside flags that begin with eval_
 MAY_CHANGE = {"steps", "save_every", "preflight", "device", "out", "resume", "overwrite"}
@@ -189,8 +190,7 @@ def write_teacher_prompts(args, teacher, tokenizer, template, batch):
     prompts = write_prompts(args, tokenizer, batch, template)
     if not args.cot_tokens:
         return prompts
-    parts = ["Safety judgement:", "\n\n"]
-    lead, gap = tokenizer(parts, add_special_tokens=False).input_ids
+    lead, gap = tokenizer([JUDGEMENT, "\n\n"], add_special_tokens=False).input_ids
     stop_ids = find_stop_ids(teacher, tokenizer)
     prompts = [prompt + lead for prompt in prompts]
     written = sample(teacher, prompts, max_new_tokens=args.cot_tokens, stop_ids=stop_ids,
@@ -296,10 +296,12 @@ def copy_model(model):
 
 def enable_grad_checkpoint(model):
     """Recompute a layer's activations in the backward pass. Not by transformers' own switch, which
-    asks for training mode, and so for dropout. What has no such layers keeps all."""
-    for layer in model.modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            layer.forward = functools.partial(checkpoint_layer, layer.forward)
+    asks for training mode, and so for dropout."""
+    layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    for layer in layers:
+        layer.forward = functools.partial(checkpoint_layer, layer.forward)
+    if not layers:
+        tell("note: this model has no layers to checkpoint: it keeps all activations")
 
 
 def checkpoint_layer(forward, *args, **kwargs):
@@ -335,12 +337,13 @@ def read_data(args, langs):
                  "not trained on")
         training += kept
 
-    judged = read(args.eval_data, holdout=1, limit=args.eval_limit)
+    limit = args.eval_limit or None
+    judged = read(args.eval_data, holdout=1, limit=limit)
     if not list_texts(training).isdisjoint(list_texts(pool(judged))):
         raise UserError("--eval-data holds queries that this run was trained on: give it from the "
                         "start, or measure by eval.py")
     if args.eval_every:
-        judged += read(args.data, label=args.label, holdout=args.holdout, limit=args.eval_limit)
+        judged += read(args.data, label=args.label, holdout=args.holdout, limit=limit)
     return judged, training
 
 
@@ -365,6 +368,9 @@ def make_pools(args, model, tokenizer, template, langs, queries):
     kept = sum(map(len, pools.values()))
     if skipped := len(pairs) - kept:
         tell(f"note: {skipped} queries do not fit the model's context: skipped")
+    if kept and prompts[0] == prompts[1] and not args.cot_tokens:
+        tell("warning: student and teacher see the same: there is nothing to learn; another "
+             "--teacher-prompt is needed")
     if not kept:
         raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or "
                         "give more --data (what is in --eval-data is never trained on)")
@@ -414,25 +420,26 @@ def check_out(args):
     files = {path.name for path in out.glob("*")} - {"args.json.tmp", "after-0.json.tmp"}
     args.kept_out = args.eval_data
     before = {}
-    if files or args.resume:
-        with told_in_a_line(f"no run to resume or replace in --out {out}"):
+    if "args.json" in files:
+        with told_in_a_line(out):
             before = read_json(out / "args.json")
-            kept_out = before["kept_out"]  # other programs write an args.json, too
     if args.resume:
         if "checkpoint.pt" not in files:
             raise UserError(f"--resume: there is no checkpoint in {out}")
-        args.kept_out = kept_out
+        args.kept_out = before.get("kept_out")
         for name, value in vars(args).items():
             if name not in MAY_CHANGE and name[:5] != "eval_" and before.get(name) != value:
                 raise UserError(f"--resume: --{name.replace('_', '-')} is {value}, and was "
                                 f"{before.get(name)} in {out}/args.json")
-        return before
-    for path in (args.model, *args.data, *args.eval_data, find_path(args.teacher_prompt)):
-        if re.search(f"(^|=){re.escape(str(out.resolve()))}/", f"{path}/"):
-            raise UserError(f"--out {out} holds what is to be read, {path}: name another")
-    # a run without a checkpoint begins again
-    if files - {"args.json", "after-0.json", *LOGS} and not args.overwrite:
-        raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
+    elif files:
+        if "kept_out" not in before:
+            raise UserError(f"--out {out} is there and is no run of msd.py: name another")
+        for path in (args.model, *args.data, *args.eval_data, find_path(args.teacher_prompt)):
+            if re.search(f"(^|=){re.escape(str(out.resolve()))}/", f"{path}/"):
+                raise UserError(f"--out {out} holds what is to be read, {path}: name another")
+        # a run without a checkpoint begins again
+        if files - {"args.json", "after-0.json", *LOGS} and not args.overwrite:
+            raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
     return before
 
 
@@ -677,7 +684,7 @@ def build_parser():
         ("--eval-every", natural, 1000, "steps between evaluations, beside those before and "
          "after; 0: none at all, and no preflight"),
         ("--eval-lang", str, None, "further languages to judge (sw, where the data is our own)"),
-        ("--eval-limit", positive, None, "the first N of each data, language and label"),
+        ("--eval-limit", natural, 0, "the first N of each data, language and label; 0: all"),
         ("--eval-max-new-tokens", natural, 0, "0: --max-new-tokens, at least 32"),
         ("--preflight", natural, 16, "training queries of each language and label to try first"))
     return parser

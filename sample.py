@@ -256,23 +256,24 @@ class RowDecoder:
 
     def __init__(self, model, prompts, slots):
         self.model = model
-        # where a long rope turns, it does so for all tokens: no cache outlives that
         is_long = find_rope(model).get("rope_type") == "longrope"
-        self.turns = is_long and len(prompts[0]) <= find_rope_limit(model) < slots
+        self.limit = find_rope_limit(model) if is_long else math.inf
         self.cache = {}
         self.ids = torch.tensor([[]], dtype=torch.long, device=model.device)
         self.step(torch.tensor(prompts[0], device=model.device))
 
     def step(self, token):
         """Read more tokens (T,)."""
+        read = self.ids.shape[1]
         self.ids = torch.cat([self.ids, token[None]], 1)  # (1, all tokens)
+        if read <= self.limit < self.ids.shape[1]:
+            self.cache = {}  # positions turn here for all tokens: read them again
         at = torch.arange(self.ids.shape[1], device=token.device)[None]
         new = -len(token) if self.cache else 0
         out = self.model(input_ids=self.ids[:, new:], position_ids=at[:, new:], use_cache=True,
                          **self.cache)
-        for name in ("past_key_values", "cache_params", "state"):
-            if out.get(name) is not None and not self.turns:
-                self.cache[name] = out[name]
+        states = {name: out.get(name) for name in ("past_key_values", "cache_params", "state")}
+        self.cache = {name: state for name, state in states.items() if state is not None}
         self.logits = out.logits[:, -1]  # (1, V)
 
 
@@ -400,15 +401,19 @@ class Head(torch.nn.Module):
 @torch.no_grad()
 def find_head(model, known=weakref.WeakKeyDictionary()):
     """(decoder, head) such that head(decoder(ids)[0]) are the model's own logits, tried once. Where
-    a head does more than `Head` knows: the model itself and the identity."""
+    a head does more than `Head` knows: the model itself and the identity. Raises UserError for a
+    model that looks to the right."""
     causal = model.get_base_model() if hasattr(model, "peft_config") else model
     if causal.get_output_embeddings() is None or causal.base_model is causal:
         return model, torch.nn.Identity()
     decoder, head = causal.base_model, Head(causal)
     if model not in known:
-        ids = torch.tensor([[3, 1, 2, 5]], device=model.device)
+        ids = torch.tensor([[3, 1, 2, 5], [3, 1, 7, 6]], device=model.device)
         with eval_mode(model):
-            own = model(input_ids=ids, use_cache=False).logits  # (1, 4, V)
+            own = model(input_ids=ids, use_cache=False).logits  # (2, 4, V)
+            if own.isfinite().all() and not is_close(*own[:, :2]):
+                name = type(causal).__name__
+                raise UserError(f"{name} is no causal model: it looks to the right")
             known[model] = is_close(head(decoder(input_ids=ids, use_cache=False)[0]), own)
     return (decoder, head) if known[model] else (model, torch.nn.Identity())
 
@@ -719,6 +724,8 @@ def load_model(name, device, dtype):
             model = peft.get_peft_model(model, config)
             report = model.load_adapter(name, "default")
             check_weights(name, report.missing_keys, report.unexpected_keys)
+    except UserError:
+        raise
     except Exception as e:
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:400]}"
         if not Path(str(base)).exists():

@@ -172,15 +172,20 @@ def parse_json(text):
         rows = rows.get("safety", rows)
     if not isinstance(rows, list):
         rows = [rows]
-    return [row if isinstance(row, dict) else {BARE: row} for row in rows]
+    return [read_row(row.items()) if isinstance(row, dict) else {BARE: row} for row in rows]
 
 
 def read_object(pairs):
-    """{name: value}, names in lower case. ValueError where two values have one name."""
-    row = {name.strip().lower(): value for name, value in pairs}
+    """{name: value}. ValueError where two values have one name."""
+    row = dict(pairs)
     if len(row) < len(pairs):
         raise ValueError("has a duplicate column")
     return row
+
+
+def read_row(pairs):
+    """A row, the names of its columns in lower case."""
+    return read_object([(name.strip().lower(), value) for name, value in pairs])
 
 
 def find_delimiter(first, ending):
@@ -195,7 +200,7 @@ def find_delimiter(first, ending):
 
 def parse_table(text, ending):
     """CSV, TSV or a query a line -> rows."""
-    text = re.sub(r"\A[\r\n]*sep=.[\r\n]+", "", text)  # Excel's first line
+    text = re.sub(r"\A[\r\n]*sep=[,;|\t][\r\n]+", "", text)  # Excel's first line
     first = re.search(r"[^\r\n]+|$", text)[0]
     delimiter = find_delimiter(first, ending)
     is_qa = delimiter == "\t" and re.fullmatch(QUESTION_AND_ANSWER, first)
@@ -217,7 +222,7 @@ def parse_table(text, ending):
     for n, cells in enumerate(lines, 1):
         if len(cells) != len(columns):
             raise ValueError(f"row {n} has {len(cells)} cells instead of {len(columns)}")
-        rows.append(read_object([pair for pair in zip(columns, cells) if pair[0].strip()]))
+        rows.append(read_row([pair for pair in zip(columns, cells) if pair[0].strip()]))
     return [{**row, "label": "qa"} for row in rows] if is_qa else rows
 
 
@@ -257,7 +262,8 @@ def read_file(path, langs, is_named=False):
         file = os.path.expanduser(path)
         rows = list(map(dict, parse_file(file, os.stat(file).st_mtime_ns)))
     except (OSError, RecursionError, ValueError) as e:
-        raise fail(path, f"{e}; give UTF-8 CSV, TSV, JSONL or JSON") from None
+        problem = getattr(e, "strerror", None) or e
+        raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
     if find_columns(rows) == [BARE]:
         rows = read_header(path, rows, langs)
 
@@ -270,7 +276,7 @@ def read_file(path, langs, is_named=False):
         own = [name for name in columns if read_code(name) == lang and name not in numbers]
         if len(own) > 1:
             own = [name for name in own if name not in ROW_NUMBERS]
-        if own:
+        if len(own) == 1 or own and lang in [*langs, "en"]:
             rename(path, rows, own, lang)
 
     columns = find_columns(rows)
@@ -294,8 +300,9 @@ def find_language(rows, columns, langs):
 def rename(path, rows, columns, lang):
     """The one column of columns gets its language's name: the code in capitals."""
     if len(columns) != 1:
-        names = ", ".join(columns)[:150] or "no column"
-        raise fail(path, f"{names} may be {lang}: call one column {lang}, and no other")
+        how_many = "several columns" if columns else "no column"
+        names = ", ".join(columns or find_columns(rows))[:150]
+        raise fail(path, f"{how_many} may be {lang}: {names}; call one {lang}, and no other")
     for row in rows:
         row[lang.upper()] = row.pop(columns[0], None)
 
@@ -494,8 +501,9 @@ def settle_answers(path, queries):
     possible = {letters for letters in zip(*found) if all(letters)}
     if queries and len(possible) != 1:
         bad = [query.id for query, letters in zip(queries, found) if not any(letters)]
+        bad = bad or [query.id for query in queries]
         raise fail(path, f"its answers have {len(possible)} readings as letters, texts or indices "
-                         f"(from 0 or 1) of their choices; give letters (none in rows {bad[:3]})")
+                         f"(from 0 or 1) of their choices; give letters (see rows {bad[:3]})")
     for query, letter in zip(queries, *possible):
         query.answer = letter
         query.choices = list(query.choices.values())

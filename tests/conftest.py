@@ -34,7 +34,6 @@ ATTENTION = {  # all read a prompt in one piece; what follows a name tells varia
     "GptOss": {"sliding_window": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
     "Mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
     "Bloom": {"n_layer": 2, "n_head": 4},
-    "Bert": {"is_decoder": True},
     "Falcon": {"alibi": True},
     "GPTNeo": {
         "num_layers": 2, "num_heads": 4, "window_size": 8,

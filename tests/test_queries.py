@@ -514,6 +514,10 @@ def test_cells_that_hold_no_human_text_are_skipped(write, capsys, cell):
     assert "2 rows read, 1 used, 1 skipped (1 " in capsys.readouterr().err
 
 
+def test_names_within_a_cell_are_its_own_matter(write):
+    assert read(write("a.jsonl", '{"en": "a", "meta": {"ID": 1, "id": 2}}')) == ["a"]
+
+
 def test_a_file_is_opened_and_told_once_and_again_when_it_changed(write, capsys, monkeypatch):
     path = write("a.csv", "en,jv\nhi,hai\n")
     load_queries(path, ["en", "jv"])

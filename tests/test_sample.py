@@ -84,6 +84,16 @@ def test_the_mask_has_the_querys_dtype_which_attention_on_a_gpu_asks_for(monkeyp
     assert program.decodes_ragged(build_model("Llama").bfloat16(), 16)
 
 
+@pytest.mark.parametrize("is_decoder", [True, False])
+def test_a_model_that_looks_to_the_right_is_an_error(is_decoder):
+    model = build_model("Bert", is_decoder=is_decoder)
+    if is_decoder:
+        assert greedy(model, PROMPTS, 2) == generate(model, PROMPTS, 2)
+        return
+    with pytest.raises(UserError, match="right"):
+        greedy(model, PROMPTS, 2)
+
+
 # ---- where a response ends, and what cannot be asked ----
 
 COUNTER = (50 * torch.eye(8).roll(1, 1)).tolist()  # 0 → 1 → … → 7 → 0, for certain
