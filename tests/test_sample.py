@@ -134,6 +134,10 @@ def test_of_logits_that_are_not_finite_none_is_drawn(temperature):
     assert program.sample_next_token(logits, temperature).tolist() == [-1, -1, 1]
 
 
+def test_without_a_prompt_there_is_no_response():  # as a process's share of a small batch
+    assert greedy(build_chain(COUNTER), [], 2) == []
+
+
 def test_an_id_that_the_model_has_no_embedding_for_is_one_line(model):
     with pytest.raises(UserError, match="500.*97"):
         greedy(model, [[1, 500], [2] * 9], 2)
