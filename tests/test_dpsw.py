@@ -157,7 +157,7 @@ def test_where_the_teacher_knows_nothing_weights_loss_and_gradient_are_zero(
     assert not stats["w_teacher"].any() and not stats["weight"].any()
 
 
-def test_a_certain_teacher_corrects_a_confident_student_and_under_the_sampled_view_does_not():
+def test_a_certain_teacher_corrects_the_confident_wrong_student_not_under_the_sampled_view():
     student = torch.tensor([[30.0, 0.0]])  # certain of token 0, the teacher of token 1
     for view, want in zip(VIEWS, (1, 0)):
         _, stats = dpsw_loss(student, student.flip(-1), torch.tensor([0]), student_view=view)
