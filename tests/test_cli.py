@@ -136,19 +136,15 @@ def test_a_run_leaves_an_ordinary_model_folder_with_a_card(train, folder):
         assert word in card
 
 
-def test_the_learning_rate_that_is_told_is_that_of_every_group_of_any_optimizer(
-        train, monkeypatch):
+def test_the_learning_rate_that_is_told_is_the_one_that_is_used(train, monkeypatch):
     used = []
 
-    def make(args, student):
-        first, *others = msd.list_masters(student)
-        return torch.optim.SGD([{"params": [first]}, {"params": others, "lr": 9}], lr=1)
-    monkeypatch.setattr(msd, "make_optimizer", make)
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: used.append(
-        [group["lr"] for group in self.param_groups]))
+    def step(self):
+        used.append(self.param_groups[0]["lr"])
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
     rows = read_log(train("o", "--warmup", 3, "--lr", 0.08, steps=5))
-    assert used == [[row["lr"]] * 2 for row in rows]
-    assert [lr for lr, _ in used] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08])
+    assert used == [row["lr"] for row in rows]
+    assert used == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08])
 
 
 def test_gradients_are_clipped_and_the_norm_that_is_told_is_theirs_before(train, monkeypatch):
@@ -421,11 +417,6 @@ def test_queries_that_do_not_fit_are_skipped_and_counted_and_never_cut(train, tm
     assert "2 queries do not fit" in capsys.readouterr().err
 
 
-def test_where_no_query_fits_the_run_ends_in_one_line(fail, tmp_path):
-    assert "no query" in fail("o", "--max-new-tokens", 600)
-    assert not (tmp_path / "o").exists()
-
-
 def test_several_files_and_languages_are_trained_on_together(train, tmp_path):
     more = tmp_path / "more.csv"
     more.write_text("label,en,jv,sw\nharmful,Hi,Sugeng,Habari\n", encoding="utf-8")
@@ -471,18 +462,16 @@ def test_the_preflight_counts_refusals_and_flips_of_each_label(
     told = capsys.readouterr()
     assert read_preflight(told.out) == {"harmful": [6, 2, 3, 2], "benign": [6, 2, 3, 2]}
     assert "warning: in jv the teacher judges benign queries worse" in told.err
+    assert "judges harmful" not in told.err
     data = write_queries(tmp_path / "plain.csv", label=False)
     train("p", *JUDGED, "--preflight", 99, "--label", "mixed", data=data)
     assert read_preflight(capsys.readouterr().out) == {"mixed": [12, 4, 6, 4]}
 
 
 def test_a_teacher_that_refuses_fewer_harmful_queries_is_warned_of(train, monkeypatch, capsys):
-    words = "the teacher judges harmful queries worse"
-    train("o", *JUDGED, "--preflight", 9)
-    assert words not in capsys.readouterr().err
     script_answers(monkeypatch, student="kursi|prau", teacher="kursi")
-    train("p", *JUDGED, "--preflight", 9)
-    assert f"warning: in jv {words}" in capsys.readouterr().err
+    train("o", *JUDGED, "--preflight", 9)
+    assert "warning: in jv the teacher judges harmful queries worse" in capsys.readouterr().err
 
 
 def test_a_query_that_leaves_little_room_is_asked_for_less_in_the_preflight(
@@ -808,7 +797,7 @@ MISTAKES = [
     "--lang ,", "--source-lang xx", "--source-lang=", "--label qa", "--teacher-prompt nobody",
     "--teacher-prompt /", "--teacher-prompt LICENSE", "--model /nowhere", "--data /nowhere.csv",
     "--eval-data /nowhere.csv", "--resume", "--divergence jsd --beta 0", "--beta 2",
-    "--system \udcff", "more"]
+    "--system \udcff", "--max-new-tokens 600", "more"]
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
@@ -917,11 +906,8 @@ def test_every_command_of_a_page_is_taken_by_its_programs_parser(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_is_one_of_ours(page):
-    known = {"--help", "--nproc-per-node"}
-    for program in PROGRAMS.values():
-        for action in list_flags(program):
-            known.update(action.option_strings)
-    for file in [*ROOT.glob("tests/[!t]*.py"), *ROOT.glob("data/**/*.py")]:
+    known = {"--help", "--nproc-per-node", "--no-grad-checkpoint"}
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("tests/[!t]*.py"), *ROOT.glob("data/**/*.py")]:
         known.update(re.findall(r'"(--[a-z][a-z-]*)"', file.read_text(encoding="utf-8")))
     text = page.read_text(encoding="utf-8")
     ours = re.sub(r"^ *(pip|hf|git|vllm|pytest)\b.*$", "", text, flags=re.M)

@@ -241,12 +241,10 @@ def test_a_step_moves_no_tensor_so_that_a_graph_may_hold_it(model):
         assert find() == before and decoder.token.eq(token).all()
 
 
-@pytest.mark.parametrize("version", ["this", "before 5.23"])
-def test_no_keys_or_values_are_copied_for_the_heads_that_share_them(monkeypatch, version):
+def test_before_transformers_5_23_too_heads_that_share_keys_and_values_copy_none(monkeypatch):
     model = build_model("Llama")  # two heads share one
     want = generate(model, PROMPTS, 8)
-    if version == "before 5.23":
-        monkeypatch.delattr(sdpa_attention, "pack_gqa", raising=False)
+    monkeypatch.delattr(sdpa_attention, "pack_gqa", raising=False)
     monkeypatch.delattr(sdpa_attention, "repeat_kv")
     assert program.decodes_ragged(model, 20) and greedy(model, PROMPTS, 8) == want
 
