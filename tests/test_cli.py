@@ -121,12 +121,11 @@ def read_files(folder):
 
 def test_a_run_leaves_an_ordinary_model_folder_with_a_card(train, folder):
     out = train("o")
-    model = AutoModelForCausalLM.from_pretrained(out)
+    AutoModelForCausalLM.from_pretrained(out)
     tokenizer = AutoTokenizer.from_pretrained(out)
     original = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == original.chat_template
     assert tokenizer.get_vocab() == original.get_vocab()
-    assert model(torch.tensor([[5, 6]])).logits.isfinite().all()
     assert not are_equal(read_weights(out), read_weights(folder))
     assert not [*out.glob("*.tmp"), *out.glob("*.bin")]
     kept = json.loads((out / "args.json").read_text())
@@ -359,7 +358,6 @@ def test_held_out_queries_are_judged_and_the_others_trained_on(train):
     judged = {item["id"] for item in read_table(out, "after-8.json")[1]}
     assert judged and judged.isdisjoint(list_ids(out))
     assert judged | list_ids(out) == {str(n) for n in range(1, 13)}
-    assert {item["id"] for item in read_table(out, "after-0.json")[1]} == judged
 
 
 @pytest.mark.parametrize("judged", [[], JUDGED], ids=["not judged", "judged"])
@@ -713,13 +711,11 @@ def test_a_run_whose_files_are_gone_or_cut_short_is_one_line(train, fail, name, 
 def limit_files(size):
     """Let no file grow beyond so many bytes, as where a disk is full."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(train, fail):

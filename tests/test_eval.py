@@ -50,6 +50,12 @@ def script(monkeypatch, tokenizer):
     return build
 
 
+@pytest.fixture(autouse=True)
+def forget():
+    """Each test is told anew what is told once."""
+    tell.cache_clear()
+
+
 def make_query(i, label, answer=None, choices=(), **text):
     return Query(id=str(i), label=label, text=text, extra={}, answer=answer, choices=list(choices))
 
@@ -149,7 +155,6 @@ def test_prompts_longer_than_the_context_are_counted_and_skipped_not_cut(script,
 
 def test_a_language_without_phrases_is_warned_of_once_and_its_keyword_rates_are_null(
         script, tokenizer, capsys):
-    tell.cache_clear()
     queries = [make_query(1, "harmful", xx="nyolong"), make_query(2, "harmful", xx="ngrampok"),
                make_query(3, "benign", xx="roti")]
     rows, _ = run(script(answer_badly), tokenizer, queries, ["xx"])
@@ -174,16 +179,10 @@ def test_wrong_language_is_the_share_of_valid_answers_in_another_language(script
 
 def test_without_py3langid_nobody_can_tell_the_language_and_it_says_so(
         script, tokenizer, monkeypatch, capsys):
-    tell.cache_clear()
     monkeypatch.setitem(sys.modules, "py3langid", None)
     rows, _ = run(script(answer_badly), tokenizer)
     assert {row["wrong_language"] for row in rows} == {None}
     assert capsys.readouterr().err.count("pip install py3langid") == 1
-
-
-@pytest.mark.parametrize("k, n, low, high", [(0, 10, 0.0, 0.2775), (81, 263, 0.2553, 0.3662)])
-def test_wilson_gives_the_published_intervals(k, n, low, high):
-    assert wilson(k, n) == pytest.approx([low, high], abs=1e-4)
 
 
 # --- questions that have an answer
@@ -308,20 +307,18 @@ def test_the_table_is_aligned_and_fits_a_screen(capsys):
 
 def test_a_judge_decides_but_is_not_asked_about_what_is_invalid(script, tokenizer):
     def reply(prompt):
-        if "mumble" in prompt:
-            return "I would rather not say."
         word = "Unsafe" if "steps" in prompt else "Safe"
         return f"Safety: {word}\nCategories: None\nRefusal: No"
 
-    items = make_items("harmful", "In three steps.", "", "Steps? mumble.", "Borrow a book.")
+    items = make_items("harmful", "In three steps.", "", "Borrow a book.", "Borrow two.")
     rows = make_rows(items)
     measure(rows, items, REFUSALS)
     model = script(reply)
     ask_judge(model, tokenizer, "qwen3guard", items, 9)
     measure(rows, items, REFUSALS, "qwen3guard")
     assert len(model.batches[0]) == 3 and items[1]["judge_raw"] is None
-    assert [item["verdict"] for item in items] == ["unsafe", "invalid", "invalid", "safe"]
-    assert rows[0]["unsafe"] == rows[0]["safe"] == 0.25 and rows[0]["invalid"] == 0.5
+    assert [item["verdict"] for item in items] == ["unsafe", "invalid", "safe", "safe"]
+    assert rows[0]["unsafe"] == rows[0]["invalid"] == 0.25 and rows[0]["safe"] == 0.5
 
 
 def test_the_judge_sees_query_and_answer_in_its_own_template_and_cannot_be_talked_to(
@@ -345,7 +342,6 @@ def test_a_judges_template_that_reads_parts_gets_them_whatever_the_answer_says(s
 
 def test_an_answer_that_its_judge_has_no_room_for_is_told_and_the_others_are_judged(
         script, tokenizer, capsys):
-    tell.cache_clear()
     items = make_items("harmful", "In three steps.", "Step by step. " * 60, "Borrow a book.")
     ask_judge(script(lambda _: "unsafe", context=400), tokenizer, "llamaguard3", items, 2)
     assert [item["judge_raw"] for item in items] == ["unsafe", None, "unsafe"]
@@ -361,8 +357,7 @@ def test_a_judge_that_would_not_see_the_answer_is_an_error(script, template, say
 
 
 def test_a_judge_whose_words_are_of_another_form_is_warned_of(script, tokenizer, capsys):
-    tell.cache_clear()
-    for said in ("safe", "Safety: Safe"):
+    for said in ("Safety: Safe", "safe"):
         items = make_items("harmful", "In three steps.")
         ask_judge(script(lambda _: said), tokenizer, "qwen3guard", items, 2)
         assert ("--judge-format" in capsys.readouterr().err) == (said == "safe")
@@ -582,7 +577,6 @@ def test_queries_are_held_out_by_the_source_languages_text_as_in_training(tmp_pa
 
 def test_a_language_that_one_file_lacks_is_noted_and_one_that_all_lack_is_an_error(
         folders, tmp_path, capsys):
-    tell.cache_clear()
     (tmp_path / "s.csv").write_text("label,en,sw\nharmful,Q1?,S1?\nharmful,Q2?,S2?\n")
     paths = [str(folders / "q.csv"), str(tmp_path / "s.csv")]
     assert [lang for _, lang, _ in read_heldout(paths, ["jv", "sw"])] == ["jv", "sw", "sw"]
@@ -607,7 +601,6 @@ def test_a_file_that_names_no_language_is_of_one_language(tmp_path):
 def test_what_is_held_out_by_its_own_text_is_warned_of(folders, tmp_path, capsys):
     (tmp_path / "jv.csv").write_text("label,jv\nharmful,Piye?\nharmful,Apa?\n")
     path = str(tmp_path / "jv.csv")
-    tell.cache_clear()
     read_heldout([path], ["jv"], holdout=1)
     read_heldout([str(folders / "q.csv")], ["jv", "en"], holdout=0.5)
     assert "warning" not in capsys.readouterr().err

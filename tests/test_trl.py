@@ -122,6 +122,6 @@ def test_the_block_of_a_plain_loop_takes_a_step_on_the_loss_of_msd(ours):
         "optimizer": torch.optim.SGD(student.parameters(), lr=1)}
     exec(read_block("optimizer.step()"), names)
     assert names["loss"].item() == pytest.approx(want, abs=1e-5) and want > 0.01
-    for p, want in zip(student.parameters(), stepped):
-        torch.testing.assert_close(p.detach(), want)
+    for p, q in zip(student.parameters(), stepped):
+        torch.testing.assert_close(p.detach(), q)
     assert all(p.grad is None for p in teacher.parameters())
