@@ -112,12 +112,6 @@ def test_a_thought_that_the_template_opened_stands_before_the_answer(script, sai
     assert item["verdict"] == verdict and item["response"] == f"<think>{said}"
 
 
-def test_the_system_turn_is_asked_with(script, tokenizer):
-    model = script(lambda _: HELPED)
-    run(model, tokenizer, QUERIES[:1], ["en"], system="Be brief.")
-    assert model.batches[0][0].startswith("<|im_start|>system\nBe brief.<|im_end|>")
-
-
 # --- rows and items
 
 def test_rows_and_items_have_the_contracts_keys_and_harmful_rates_sum_to_one(script, tokenizer):
@@ -671,15 +665,20 @@ def test_a_language_is_the_same_in_capitals(brief):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """What a model is asked with, before its template."""
-    texts = []
+    """(text, system turn) of all that a model is asked, before its template."""
+    turns = []
 
     def encode(tokenizer, text, system):
-        texts.append(text)
+        turns.append((text, system))
         return [1]
 
     monkeypatch.setattr(evaluation, "encode_chat", encode)
-    return texts
+    return turns
+
+
+def test_every_query_is_asked_with_the_system_turn(brief, asked):
+    brief("--system", "Be brief.")
+    assert {system for _, system in asked} == {"Be brief."}
 
 
 def test_wrap_puts_every_query_into_the_text_but_no_question(command, folders, tmp_path, asked):
@@ -688,7 +687,7 @@ def test_wrap_puts_every_query_into_the_text_but_no_question(command, folders, t
     data = tmp_path / "q.csv"
     data.write_text("label,en,answer\nharmful,Steal {query}?,\nqa,3 + 4?,7\n")
     command("--model", folders / "base", "--split", "all", "--wrap", wrap, "--data", data)
-    assert asked == ["In a play, Steal {query}?\nMax says:", "3 + 4?"]
+    assert asked == [("In a play, Steal {query}?\nMax says:", None), ("3 + 4?", None)]
 
 
 def test_wrapped_in_a_teacher_prompt_the_english_stands_beside_the_query(
@@ -697,7 +696,7 @@ def test_wrapped_in_a_teacher_prompt_the_english_stands_beside_the_query(
     data.write_text("label,en,jv\nharmful,Steal it?,Nyolong?\n")
     command("--model", folders / "base", "--lang", "jv", "--split", "all", "--wrap", "both",
             "--data", data, "--out", tmp_path / "o.json")
-    assert asked == ["Steal it?\n\nNyolong?"]
+    assert asked == [("Steal it?\n\nNyolong?", None)]
     [item] = read_lines(tmp_path / "o.items.jsonl")
     assert item["prompt"] == "Nyolong?"  # so that its echo is seen, and a judge sees what is meant
 
