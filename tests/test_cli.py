@@ -129,7 +129,7 @@ def test_a_run_leaves_an_ordinary_model_folder_with_a_card(train, folder):
     assert not are_equal(read_weights(out), read_weights(folder))
     assert not [*out.glob("*.tmp"), *out.glob("*.bin")]
     kept = json.loads((out / "args.json").read_text())
-    assert kept.keys() == {action.dest for action in list_flags(msd)} | {"prompts", "kept_out"}
+    assert kept.keys() == {action.dest for action in list_flags()} | {"prompts", "kept_out"}
     card = (out / "README.md").read_text()
     for word in (str(folder), "q.csv", "jv", "not promise"):
         assert word in card
@@ -635,8 +635,8 @@ def test_a_file_that_is_named_twice_is_one_line(fail, tmp_path):
     assert "--data names a file twice" in fail("o", "--data", again)
 
 
-def list_flags(program):
-    actions = program.build_parser()._actions
+def list_flags():
+    actions = msd.build_parser()._actions
     return [action for action in actions if action.dest != "help"]
 
 
@@ -662,7 +662,7 @@ def test_resume_refuses_any_other_change_in_one_line(train, fail, monkeypatch, t
     out = train("o")
     before = read_files(out)
     monkeypatch.setattr(msd, "load_models", lambda *args: 1 / 0)  # before anything slow is done
-    for action in list_flags(msd):
+    for action in list_flags():
         if action.dest not in MAY_CHANGE and not action.dest.startswith("eval_"):
             line = fail("o", "--resume", *change(action, tmp_path))
             assert action.option_strings[0] in line
@@ -746,6 +746,14 @@ def test_overwrite_leaves_what_lies_deeper_and_nothing_else_also_behind_a_link(t
     assert len(read_log(out)) == 3 and out.is_symlink()
     assert not (out / "checkpoint.pt").exists() and not (out / "adapter_config.json").exists()
     assert (out / "merged" / "notes.txt").read_text() == "no run's"
+
+
+def test_a_file_that_cannot_be_deleted_is_one_line(train, fail, monkeypatch):
+    def refuse(file):
+        raise PermissionError
+    train("o")
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert "cannot empty" in fail("o", "--overwrite")
 
 
 def test_what_is_to_be_read_is_not_overwritten(train, folder, fail):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import data.judges as judges
-from data.judges import (JUDGES, OPENINGS, THOUGHTS, find_judge_format, find_numbers,
+from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_numbers,
                          find_phrases, is_correct, judge_item, keyword_verdict, load_refusals,
                          parse_judgement, read_answer, write_judge_turns)
 

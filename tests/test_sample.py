@@ -121,7 +121,7 @@ def test_what_cannot_be_asked_for_is_a_value_error(bad):
         sample(build_chain(COUNTER), **options)
 
 
-@pytest.mark.parametrize("value, temperature", [(math.nan, 0), (math.nan, 1.0), (math.inf, 1.0)])
+@pytest.mark.parametrize("value, temperature", [(math.nan, 0), (math.inf, 1.0)])
 def test_logits_that_are_not_finite_are_one_line_that_names_them(model, value, temperature):
     model.get_output_embeddings().weight.data[5] = value
     with pytest.raises(UserError, match="^.*logits.*$"):
