@@ -121,7 +121,7 @@ def read_files(folder):
 
 def test_a_run_leaves_an_ordinary_model_folder_with_a_card(train, folder):
     out = train("o")
-    AutoModelForCausalLM.from_pretrained(out)
+    AutoModelForCausalLM.from_pretrained(out)  # it loads
     tokenizer = AutoTokenizer.from_pretrained(out)
     original = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == original.chat_template
