@@ -554,7 +554,8 @@ def check_same_run(out, straight):
 
 
 @pytest.mark.parametrize("flags", [
-    [], ["--lora-rank", 2], ["--teacher", "ema", "--ema-decay", 0.7],
+    [], ["--lora-rank", 2],
+    ["--teacher", "ema", "--ema-decay", 0.7, "--dtype", "bfloat16"],
     ["--lora-rank", 2, "--teacher", "ema", "--ema-decay", 0.7],
     ["--policy", "off", "--cot-tokens", 5]], ids=str)
 def test_a_resumed_run_is_a_straight_one_bit_for_bit(train, flags):
