@@ -444,7 +444,8 @@ def test_two_models_are_compared_end_to_end(brief, folders, tmp_path):
         assert list(row) == ROW_KEYS and row["base"] is not None
         assert row["seen"] == (row["lang"] == "jv")
     for name in ("run.items.jsonl", "run.base.items.jsonl"):
-        assert len(read_lines(out.parent / name)) == sum(row["n"] for row in rows)
+        verdicts = [item["verdict"] for item in read_lines(out.parent / name)]
+        assert len(verdicts) == sum(row["n"] for row in rows) and None not in verdicts
     assert json.loads(out.read_text())["config"]["holdout"] == 0.5  # as trained
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 

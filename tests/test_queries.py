@@ -637,7 +637,6 @@ def test_our_queries_are_whole_distinct_and_as_often_benign_as_harmful(name):
     for lang in OURS[name]:
         asked = texts(queries, lang)
         assert len(set(asked)) == len(asked)
-        assert all(len(text) > 10 for text in asked)
         assert lang == "en" or not set(asked) & set(texts(queries, "en"))
 
 

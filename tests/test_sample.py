@@ -454,6 +454,12 @@ def test_files_in_folders_whose_names_hold_an_equals_sign_are_found(tmp_path, mo
     assert named == f"en={tmp_path}/lang=en/x.csv,jv={tmp_path}/lang=jv/x.csv"
 
 
+def test_a_file_here_goes_before_one_beside_the_program(tmp_path, monkeypatch):
+    (tmp_path / "LICENSE").touch()
+    monkeypatch.chdir(tmp_path)
+    assert program.find_path("LICENSE") == f"{tmp_path}/LICENSE"
+
+
 # ---- the command, and what every program shares ----
 
 def run(monkeypatch, *argv):
