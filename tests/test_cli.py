@@ -62,8 +62,8 @@ QUICK = ["--batch-size", 2, "--max-new-tokens", 4, "--eval-every", 0, "--holdout
 JUDGED = ["--eval-every", 9, "--eval-max-new-tokens", 2, "--eval-lang", "", "--preflight", 0]
 
 
-def run(*argv, program=msd):
-    program.build_parser().run(program.main, list(map(str, argv)))
+def run(*argv):
+    msd.build_parser().run(msd.main, list(map(str, argv)))
 
 
 def list_argv(folder, data, out):
@@ -121,34 +121,29 @@ def read_files(folder):
 
 def test_a_run_leaves_an_ordinary_model_folder_with_a_card(train, folder):
     out = train("o")
-    model = AutoModelForCausalLM.from_pretrained(out)
+    AutoModelForCausalLM.from_pretrained(out)  # it loads
     tokenizer = AutoTokenizer.from_pretrained(out)
     original = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.chat_template == original.chat_template
     assert tokenizer.get_vocab() == original.get_vocab()
-    assert model(torch.tensor([[5, 6]])).logits.isfinite().all()
     assert not are_equal(read_weights(out), read_weights(folder))
     assert not [*out.glob("*.tmp"), *out.glob("*.bin")]
     kept = json.loads((out / "args.json").read_text())
-    assert kept.keys() == {action.dest for action in list_flags(msd)} | {"prompts", "kept_out"}
+    assert kept.keys() == {action.dest for action in list_flags()} | {"prompts", "kept_out"}
     card = (out / "README.md").read_text()
     for word in (str(folder), "q.csv", "jv", "not promise"):
         assert word in card
 
 
-def test_the_learning_rate_that_is_told_is_that_of_every_group_of_any_optimizer(
-        train, monkeypatch):
+def test_the_learning_rate_that_is_told_is_the_one_that_is_used(train, monkeypatch):
     used = []
 
-    def make(args, student):
-        first, *others = msd.list_masters(student)
-        return torch.optim.SGD([{"params": [first]}, {"params": others, "lr": 9}], lr=1)
-    monkeypatch.setattr(msd, "make_optimizer", make)
-    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: used.append(
-        [group["lr"] for group in self.param_groups]))
+    def step(self):
+        used.append(self.param_groups[0]["lr"])
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
     rows = read_log(train("o", "--warmup", 3, "--lr", 0.08, steps=5))
-    assert used == [[row["lr"]] * 2 for row in rows]
-    assert [lr for lr, _ in used] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08])
+    assert used == [row["lr"] for row in rows]
+    assert used == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08])
 
 
 def test_gradients_are_clipped_and_the_norm_that_is_told_is_theirs_before(train, monkeypatch):
@@ -163,9 +158,8 @@ def test_gradients_are_clipped_and_the_norm_that_is_told_is_theirs_before(train,
     assert min(row["grad_norm"] for row in rows) > 0.02
 
 
-@pytest.mark.parametrize("flags", [[], ["--weight-norm", "none", "--no-grad-checkpoint"]], ids=str)
-def test_loss_and_means_follow_from_the_token_lists_of_a_step_of_two(train, flags):
-    out = train("o", "--max-new-tokens", 7, *flags, steps=4)
+def test_loss_and_means_follow_from_the_token_lists_of_a_step_of_two(train):
+    out = train("o", "--max-new-tokens", 7, steps=4)
     shown = read_log(out, "samples.jsonl")
     for row, first, last in zip(read_log(out), shown[::2], shown[1::2], strict=True):
         assert row.keys() == {*KEYS, "skipped"} and 0.1 < row["peak_mem_gb"] < 100
@@ -174,12 +168,9 @@ def test_loss_and_means_follow_from_the_token_lists_of_a_step_of_two(train, flag
         weight = w_teacher * w_student
         weighted = weight * divergence
         n = len(first["tokens"])
-        assert n == len(first["teacher_top"]) and first["step"] == last["step"] == row["step"]
-        if "none" in flags:
-            loss = weighted.mean()
-        else:
-            ratio = weighted[:n].sum() / weight[:n].sum()
-            loss = (ratio + weighted[n:].sum() / weight[n:].sum()) / 2
+        assert n == len(first["teacher_top"]) and first["step"] == row["step"]
+        ratio = weighted[:n].sum() / weight[:n].sum()
+        loss = (ratio + weighted[n:].sum() / weight[n:].sum()) / 2
         found = [row[name] for name in (*LISTS, "weight", "loss")]
         want = [*lists.mean(1).tolist(), weight.mean().item(), loss.item()]
         assert found == pytest.approx(want, rel=2e-5)
@@ -339,12 +330,11 @@ def test_too_many_bad_steps_in_a_row_end_the_run_with_the_last_good_weights(
     assert all(map(torch.equal, good, AutoModelForCausalLM.from_pretrained(out).parameters()))
 
 
-@pytest.mark.parametrize("norm", ["response", "none"])
-def test_a_step_whose_responses_are_all_empty_is_not_stepped_on(train, monkeypatch, norm):
+def test_a_step_whose_responses_are_all_empty_is_not_stepped_on(train, monkeypatch):
     script_responses(monkeypatch, [[7, 8], [9]])
-    one = train("one", "--weight-norm", norm, steps=1)
+    one = train("one", steps=1)
     script_responses(monkeypatch, [[7, 8], [9]], [[], []])  # AdamW's moments would move on
-    out = train("o", "--weight-norm", norm, steps=3)
+    out = train("o", steps=3)
     assert are_equal(read_weights(out), read_weights(one))
     rows = read_log(out)
     assert [row["response_tokens"] for row in rows] == [3, 0, 0]
@@ -369,7 +359,6 @@ def test_held_out_queries_are_judged_and_the_others_trained_on(train):
     judged = {item["id"] for item in read_table(out, "after-8.json")[1]}
     assert judged and judged.isdisjoint(list_ids(out))
     assert judged | list_ids(out) == {str(n) for n in range(1, 13)}
-    assert {item["id"] for item in read_table(out, "after-0.json")[1]} == judged
 
 
 @pytest.mark.parametrize("judged", [[], JUDGED], ids=["not judged", "judged"])
@@ -427,11 +416,6 @@ def test_queries_that_do_not_fit_are_skipped_and_counted_and_never_cut(train, tm
     assert "2 queries do not fit" in capsys.readouterr().err
 
 
-def test_where_no_query_fits_the_run_ends_in_one_line(fail, tmp_path):
-    assert "no query" in fail("o", "--max-new-tokens", 600)
-    assert not (tmp_path / "o").exists()
-
-
 def test_several_files_and_languages_are_trained_on_together(train, tmp_path):
     more = tmp_path / "more.csv"
     more.write_text("label,en,jv,sw\nharmful,Hi,Sugeng,Habari\n", encoding="utf-8")
@@ -477,18 +461,16 @@ def test_the_preflight_counts_refusals_and_flips_of_each_label(
     told = capsys.readouterr()
     assert read_preflight(told.out) == {"harmful": [6, 2, 3, 2], "benign": [6, 2, 3, 2]}
     assert "warning: in jv the teacher judges benign queries worse" in told.err
+    assert "judges harmful" not in told.err
     data = write_queries(tmp_path / "plain.csv", label=False)
     train("p", *JUDGED, "--preflight", 99, "--label", "mixed", data=data)
     assert read_preflight(capsys.readouterr().out) == {"mixed": [12, 4, 6, 4]}
 
 
 def test_a_teacher_that_refuses_fewer_harmful_queries_is_warned_of(train, monkeypatch, capsys):
-    words = "the teacher judges harmful queries worse"
-    train("o", *JUDGED, "--preflight", 9)
-    assert words not in capsys.readouterr().err
     script_answers(monkeypatch, student="kursi|prau", teacher="kursi")
-    train("p", *JUDGED, "--preflight", 9)
-    assert f"warning: in jv {words}" in capsys.readouterr().err
+    train("o", *JUDGED, "--preflight", 9)
+    assert "warning: in jv the teacher judges harmful queries worse" in capsys.readouterr().err
 
 
 def test_a_query_that_leaves_little_room_is_asked_for_less_in_the_preflight(
@@ -536,7 +518,7 @@ def test_where_both_see_the_same_there_is_nothing_to_learn_and_a_warning(train, 
 
 def test_without_eval_every_nothing_is_asked_and_nothing_judged(train, monkeypatch):
     asked = script_answers(monkeypatch)
-    out = train("o", "--preflight", 5, "--holdout", 0.4)  # QUICK has --eval-every 0
+    out = train("o", "--preflight", 5)  # QUICK has --eval-every 0
     assert not asked and not [*out.glob("after*")]
 
 
@@ -583,7 +565,8 @@ def check_same_run(out, straight):
 
 
 @pytest.mark.parametrize("flags", [
-    [], ["--lora-rank", 2], ["--teacher", "ema", "--ema-decay", 0.7],
+    [], ["--lora-rank", 2],
+    ["--teacher", "ema", "--ema-decay", 0.7, "--dtype", "bfloat16"],
     ["--lora-rank", 2, "--teacher", "ema", "--ema-decay", 0.7],
     ["--policy", "off", "--cot-tokens", 5]], ids=str)
 def test_a_resumed_run_is_a_straight_one_bit_for_bit(train, flags):
@@ -664,8 +647,8 @@ def test_a_file_that_is_named_twice_is_one_line(fail, tmp_path):
     assert "--data names a file twice" in fail("o", "--data", again)
 
 
-def list_flags(program):
-    actions = program.build_parser()._actions
+def list_flags():
+    actions = msd.build_parser()._actions
     return [action for action in actions if action.dest != "help"]
 
 
@@ -691,7 +674,7 @@ def test_resume_refuses_any_other_change_in_one_line(train, fail, monkeypatch, t
     out = train("o")
     before = read_files(out)
     monkeypatch.setattr(msd, "load_models", lambda *args: 1 / 0)  # before anything slow is done
-    for action in list_flags(msd):
+    for action in list_flags():
         if action.dest not in MAY_CHANGE and not action.dest.startswith("eval_"):
             line = fail("o", "--resume", *change(action, tmp_path))
             assert action.option_strings[0] in line
@@ -740,13 +723,11 @@ def test_a_run_whose_files_are_gone_or_cut_short_is_one_line(train, fail, name, 
 def limit_files(size):
     """Let no file grow beyond so many bytes, as where a disk is full."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
 
 
 def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(train, fail):
@@ -779,6 +760,14 @@ def test_overwrite_leaves_what_lies_deeper_and_nothing_else_also_behind_a_link(t
     assert (out / "merged" / "notes.txt").read_text() == "no run's"
 
 
+def test_a_file_that_cannot_be_deleted_is_one_line(train, fail, monkeypatch):
+    def refuse(file):
+        raise PermissionError
+    train("o")
+    monkeypatch.setattr(Path, "unlink", refuse)
+    assert "cannot empty" in fail("o", "--overwrite")
+
+
 def test_what_is_to_be_read_is_not_overwritten(train, folder, fail):
     out = train("o")
     shutil.copytree(folder, out / "m")
@@ -791,7 +780,10 @@ def test_what_is_to_be_read_is_not_overwritten(train, folder, fail):
     assert read_files(out) == before
 
 
-@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]], ids=str)
+each_way = pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]], ids=str)
+
+
+@each_way
 @pytest.mark.parametrize("name, text", [
     ("deep/notes.txt", "mine"), ("args.json", '{"lr": 1}'), ("metrics.jsonl", '{"step": 1}\n')])
 def test_a_folder_that_is_no_run_is_never_deleted(fail, tmp_path, name, text, flags):
@@ -803,7 +795,7 @@ def test_a_folder_that_is_no_run_is_never_deleted(fail, tmp_path, name, text, fl
     assert read_files(tmp_path / "o") == before
 
 
-@pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]], ids=str)
+@each_way
 def test_an_out_that_is_a_file_or_cannot_be_written_is_one_line(fail, tmp_path, flags):
     (tmp_path / "o").write_text("mine")
     for out in ("o", "o/p", "/proc/msd"):
@@ -814,13 +806,14 @@ def test_an_out_that_is_a_file_or_cannot_be_written_is_one_line(fail, tmp_path, 
 # --- mistakes ---
 
 MISTAKES = [
-    "--step 3", "--steps 0", "--steps x", "--steps 1.5", "--micro-batch-size 0", "--lr 0",
+    "--step 3", "--steps 0", "--steps x", "--micro-batch-size 0", "--lr 0",
     "--lr nan", "--lr inf", "--temperature -1", "--top-p 0", "--top-p 1.5", "--top-k -1",
     "--policy both", "--holdout 1.5", "--benign-fraction 2", "--dpsw-top-k 0", "--seed -1",
     "--resume=yes", "--dtype float8", "--device abacus", "--device cuda:99", "--lang xx",
     "--lang ,", "--source-lang xx", "--source-lang=", "--label qa", "--teacher-prompt nobody",
     "--teacher-prompt /", "--teacher-prompt LICENSE", "--model /nowhere", "--data /nowhere.csv",
-    "--eval-data /nowhere.csv", "--resume", "--divergence jsd --beta 0", "--beta 2", "--system \udcff", "more"]
+    "--eval-data /nowhere.csv", "--resume", "--divergence jsd --beta 0", "--beta 2",
+    "--system \udcff", "--max-new-tokens 600", "more"]
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
@@ -929,11 +922,8 @@ def test_every_command_of_a_page_is_taken_by_its_programs_parser(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_flag_that_a_page_names_is_one_of_ours(page):
-    known = {"--help", "--nproc-per-node"}
-    for program in PROGRAMS.values():
-        for action in list_flags(program):
-            known.update(action.option_strings)
-    for file in [*ROOT.glob("tests/[!t]*.py"), *ROOT.glob("data/**/*.py")]:
+    known = {"--help", "--nproc-per-node", "--no-grad-checkpoint"}
+    for file in [*ROOT.glob("*.py"), *ROOT.glob("tests/[!t]*.py"), *ROOT.glob("data/**/*.py")]:
         known.update(re.findall(r'"(--[a-z][a-z-]*)"', file.read_text(encoding="utf-8")))
     text = page.read_text(encoding="utf-8")
     ours = re.sub(r"^ *(pip|hf|git|vllm|pytest)\b.*$", "", text, flags=re.M)

@@ -1,7 +1,7 @@
 """The promises of dpsw.py, against a plain loop over responses and tokens in float64."""
-import ast
 import itertools
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -157,16 +157,11 @@ def test_where_the_teacher_knows_nothing_weights_loss_and_gradient_are_zero(
     assert not stats["w_teacher"].any() and not stats["weight"].any()
 
 
-def test_a_teacher_that_is_certain_weighs_one():
-    student, teacher, _ = make_inputs(3)
-    teacher[:, 4] = 200.0
-    assert dpsw_loss(student, teacher)[1]["w_teacher"].tolist() == pytest.approx([1, 1, 1])
-
-
-def test_the_confident_wrong_student_is_corrected_and_under_the_sampled_view_muted():
+def test_a_certain_teacher_corrects_the_confident_wrong_student_not_under_the_sampled_view():
     student = torch.tensor([[30.0, 0.0]])  # certain of token 0, the teacher of token 1
     for view, want in zip(VIEWS, (1, 0)):
         _, stats = dpsw_loss(student, student.flip(-1), torch.tensor([0]), student_view=view)
+        assert stats["w_teacher"].item() == pytest.approx(1)
         assert stats["weight"].item() == pytest.approx(want, abs=1e-6)
 
 
@@ -296,9 +291,9 @@ def test_a_chunk_of_no_tokens_is_a_value_error():
 
 
 def test_the_file_runs_alone_beside_torch_and_math():
-    tree = ast.walk(ast.parse(Path(dpsw.__file__).read_text()))
-    imports = [ast.unparse(x) for x in tree if isinstance(x, (ast.Import, ast.ImportFrom))]
-    assert {line.split()[1].split(".")[0] for line in imports} == {"torch", "math"}
+    source = Path(dpsw.__file__).read_text(encoding="utf-8")
+    imports = re.findall("^ *(?:import|from) .*", source, re.M)
+    assert imports == ["import math", "import torch"]
 
 
 # ---- the chunked form and its heads ----

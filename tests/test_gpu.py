@@ -1,4 +1,4 @@
-"""tests/gpu.py tries itself on a CPU: every section runs, and what needs CUDA is told as skipped."""
+"""tests/gpu.py tries itself on a CPU: every section runs, what needs CUDA is told as skipped."""
 import json
 import os
 import subprocess

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import add_adapter, build_model, build_tokenizer, cut_half, generate, spy
+from conftest import add_adapter, build_model, cut_half, generate, spy
 from transformers import AutoTokenizer
 
 import msd
@@ -61,15 +61,6 @@ def teacher(name):
     return build_teacher(name)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder to load models from."""
-    path = tmp_path_factory.mktemp("models") / "m"
-    build_model("Llama").save_pretrained(path)
-    build_tokenizer().save_pretrained(path)
-    return path
-
-
 def load(folder, *argv, dtype=torch.float32):
     """(args, student, teacher) under flags."""
     args = parse("--model", folder, "--lr", 0.01, *argv)
@@ -85,9 +76,7 @@ def score(student, teacher, *argv, prompts=PROMPTS, others=OTHER_PROMPTS, respon
 
 
 def get_gradient(model):
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
-                      for p in trained])
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
 def read_alone(model, prompt, response):
@@ -162,18 +151,12 @@ def test_the_same_prompt_and_weights_on_both_sides_give_divergence_exactly_zero(
         assert gradient.isfinite().all()
 
 
-def test_an_adapter_that_is_still_zero_is_the_frozen_teacher_to_the_last_bit(folder):
-    _, student, teacher = load(folder, "--lora-rank", 2)
-    loss, scores, _ = score(student, teacher, others=PROMPTS)
-    assert loss == 0 and not any(found["divergence"].any() for found in scores)
-
-
 def test_a_micro_batch_holds_rows_of_like_length():
     student = build_student("Llama")
     score(student, student)  # what is tried once
     calls = spy(student)
     score(student, build_teacher("Llama"), "--micro-batch-size", 2)
-    assert [call[:2] for call in calls] == [(2, 5), (2, 14), (1, 14)]  # rows of 1 5 7 14 14
+    assert calls == [(2, 5), (2, 14), (1, 14)]  # rows of 1 5 7 14 14
 
 
 @pytest.mark.parametrize("reached, pad", [(True, "a stop"), (True, 0), (False, None)])
@@ -207,7 +190,7 @@ def test_under_gradient_checkpointing_the_sampler_still_decodes_with_its_cache(m
     msd.enable_grad_checkpoint(model)
     calls = spy(model)
     assert sample(model, PROMPTS, max_new_tokens=4, stop_ids=[], temperature=0) == want
-    assert [length for _, length, _ in calls[2:]] == [1, 1, 1]  # after two batches of prompts
+    assert [length for _, length in calls[2:]] == [1, 1, 1]  # after two batches of prompts
 
 
 # --- teachers ---
@@ -298,7 +281,6 @@ def test_a_batch_is_a_function_of_seed_and_step_alone():
     random.seed(5)
     assert draw(1, [7, 3]) == [want[7], want[3]]
     assert draw(2, range(12)) != want
-    assert want[0] != want[1]
 
 
 # --- prompts ---

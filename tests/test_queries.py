@@ -160,6 +160,7 @@ def test_text_that_only_begins_like_a_list_stays_text(write):
     ("id,en,prompt_id\n7,hi,Apa kabar\n", ["en", "id"], "7", "Apa kabar"),
     ("id,Indonesian\n7,Hai\n", ["id"], "7", "Hai"),
     ("id,en\nrow 1,hi\n", ["en"], "row 1", "hi"),
+    ("id,en,indonesian\nother things,a b,c d\n", ["en", "id"], "other things", "c d"),
 ])
 def test_the_column_id_is_row_ids_or_indonesian(write, content, langs, row_id, text):
     [query] = load_queries(write("a.csv", content), langs)
@@ -213,17 +214,18 @@ def test_long_rows_need_one_shared_id_and_no_more(write):
 
 # --- a file per language
 
-def test_a_pair_of_files_is_joined_on_id_in_any_order(write, capsys):
-    en = write("en.csv", "id,prompt,label\n1,one,safe\n2,two,unsafe\n")
-    bbc = write("b,c.jsonl", [{"id": 2, "prompt_bbc": "dua", "prompt": "two"},
-                              {"id": 1, "prompt_bbc": "sada", "prompt": "one", "topic": "t"}])
+@pytest.mark.parametrize("name", ["id", "prompt_id"])
+def test_a_pair_of_files_is_joined_on_the_id_that_they_share_in_any_order(write, capsys, name):
+    en = write("en.csv", f"{name},prompt,label\n1,one,safe\n2,two,unsafe\n")
+    bbc = write("b,c.jsonl", [{name: 2, "prompt_bbc": "dua", "prompt": "two"},
+                              {name: 1, "prompt_bbc": "sada", "prompt": "one", "topic": "t"}])
     queries = load_queries(f"en={en}, bbc={bbc}", ["bbc", "en"])
     assert ids(queries) == ["1", "2"]
     assert texts(queries, "en") == ["one", "two"]
     assert texts(queries, "bbc") == ["sada", "dua"]
     assert [query.label for query in queries] == ["benign", "harmful"]
     assert queries[0].extra["topic"] == "t"
-    assert "joined on id" in capsys.readouterr().err
+    assert f"joined on {name}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("en, jv, complaint", [
@@ -639,7 +641,6 @@ def test_our_queries_are_whole_distinct_and_as_often_benign_as_harmful(name):
     for lang in OURS[name]:
         asked = texts(queries, lang)
         assert len(set(asked)) == len(asked)
-        assert all(len(text) > 10 for text in asked)
         assert lang == "en" or not set(asked) & set(texts(queries, "en"))
 
 
@@ -674,16 +675,7 @@ def test_ids_are_no_indonesian_and_row_numbers_no_norwegian(write):
     assert "no column for language no" in error(numbered, ["en", "no"])
     spoken = write("d.csv", "en,prompt_id,no\nHello?,Apa kabar?,Hei du?\n")
     assert texts(load_queries(spoken, ["en", "id", "no"]), "id") == ["Apa kabar?"]
-    assert texts(load_queries(spoken, ["no"]), "no") == ["Hei du?"]
-
-
-def test_a_file_a_language_is_joined_on_the_id_that_they_share_whatever_it_is_called(
-        write_each, capsys):
-    path = write_each(en="prompt_id,en\n1,Hello?\n2,Goodbye?\n",
-                      sw="prompt_id,sw\n2,Kwaheri?\n1,Habari?\n")
-    queries = load_queries(path, ["en", "sw"])
-    assert texts(queries, "sw") == ["Habari?", "Kwaheri?"] and ids(queries) == ["1", "2"]
-    assert "joined on prompt_id" in capsys.readouterr().err
+    assert read(spoken, "no") == ["Hei du?"]
 
 
 def test_where_two_ids_are_shared_the_rows_are_joined_by_position_and_it_says_so(
@@ -702,17 +694,11 @@ def test_where_a_column_holds_indonesian_english_beside_it_is_not_read_for_it(wr
     assert read(form.format(long), "id") == ["Apa ini ya"]
 
 
-def test_ids_of_letters_stay_ids_beside_a_column_of_indonesian(write):
-    path = write("a.csv", "id,en,indonesian\nhate,a b,c d\nother things,e f,g h\n")
-    queries = load_queries(path, ["en", "id"])
-    assert texts(queries, "id") == ["c d", "g h"] and ids(queries) == ["hate", "other things"]
-
-
 @pytest.mark.parametrize("name", ["language_code", "lang_code", "locale", "prompt_language"])
 def test_a_column_of_languages_is_known_by_its_other_names(write, name):
     path = write("a.csv", f"prompt,{name},row_id\nHello?,en,1\nHabari?,sw,1\n")
-    assert texts(load_queries(path, ["en"]), "en") == ["Hello?"]
-    assert texts(load_queries(path, ["sw"]), "sw") == ["Habari?"]
+    assert read(path) == ["Hello?"]
+    assert read(path, "sw") == ["Habari?"]
 
 
 @pytest.mark.parametrize("code", ["en-US", "eng_Latn", "English"])

@@ -131,7 +131,7 @@ def test_what_cannot_be_asked_for_is_a_value_error(bad):
         sample(build_chain(COUNTER), **options)
 
 
-@pytest.mark.parametrize("value, temperature", [(math.nan, 0), (math.nan, 1.0), (math.inf, 1.0)])
+@pytest.mark.parametrize("value, temperature", [(math.nan, 0), (math.inf, 1.0)])
 def test_logits_that_are_not_finite_are_one_line_that_names_them(model, value, temperature):
     model.get_output_embeddings().weight.data[5] = value
     with pytest.raises(UserError, match="^.*logits.*$"):
@@ -142,6 +142,10 @@ def test_logits_that_are_not_finite_are_one_line_that_names_them(model, value, t
 def test_of_logits_that_are_not_finite_none_is_drawn(temperature):
     logits = torch.tensor([[0, math.inf], [math.nan, 0], [-math.inf, 0]])
     assert program.sample_next_token(logits, temperature).tolist() == [-1, -1, 1]
+
+
+def test_without_a_prompt_there_is_no_response():  # as a process's share of a small batch
+    assert greedy(build_chain(COUNTER), [], 2) == []
 
 
 def test_an_id_that_the_model_has_no_embedding_for_is_one_line(model):
@@ -247,12 +251,10 @@ def test_a_step_moves_no_tensor_so_that_a_graph_may_hold_it(model):
         assert find() == before and decoder.token.eq(token).all()
 
 
-@pytest.mark.parametrize("version", ["this", "before 5.23"])
-def test_no_keys_or_values_are_copied_for_the_heads_that_share_them(monkeypatch, version):
+def test_before_transformers_5_23_too_heads_that_share_keys_and_values_copy_none(monkeypatch):
     model = build_model("Llama")  # two heads share one
     want = generate(model, PROMPTS, 8)
-    if version == "before 5.23":
-        monkeypatch.delattr(sdpa_attention, "pack_gqa", raising=False)
+    monkeypatch.delattr(sdpa_attention, "pack_gqa", raising=False)
     monkeypatch.delattr(sdpa_attention, "repeat_kv")
     assert program.decodes_ragged(model, 20) and greedy(model, PROMPTS, 8) == want
 
@@ -460,6 +462,12 @@ def test_files_in_folders_whose_names_hold_an_equals_sign_are_found(tmp_path, mo
     monkeypatch.chdir(tmp_path)
     named = program.find_path("en=lang=en/x.csv,jv=lang=jv/x.csv")
     assert named == f"en={tmp_path}/lang=en/x.csv,jv={tmp_path}/lang=jv/x.csv"
+
+
+def test_a_file_here_goes_before_one_beside_the_program(tmp_path, monkeypatch):
+    (tmp_path / "LICENSE").touch()
+    monkeypatch.chdir(tmp_path)
+    assert program.find_path("LICENSE") == f"{tmp_path}/LICENSE"
 
 
 # ---- the command, and what every program shares ----
