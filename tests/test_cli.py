@@ -135,15 +135,21 @@ def test_a_run_leaves_an_ordinary_model_folder_with_a_card(train, folder):
         assert word in card
 
 
-def test_the_learning_rate_that_is_told_is_the_one_that_is_used(train, monkeypatch):
+def test_the_learning_rate_that_is_told_is_that_of_every_group_of_any_optimizer(
+        train, monkeypatch):
     used = []
 
+    def make(args, student):
+        first, *others = msd.list_masters(student)
+        return torch.optim.SGD([{"params": [first]}, {"params": others, "lr": 9}], lr=1)
+
     def step(self):
-        used.append(self.param_groups[0]["lr"])
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        used.append([group["lr"] for group in self.param_groups])
+    monkeypatch.setattr(msd, "make_optimizer", make)
+    monkeypatch.setattr(torch.optim.SGD, "step", step)
     rows = read_log(train("o", "--warmup", 3, "--lr", 0.08, steps=5))
-    assert used == [row["lr"] for row in rows]
-    assert used == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08])
+    assert used == [[row["lr"]] * 2 for row in rows]
+    assert [lr for lr, _ in used] == pytest.approx([0.02, 0.04, 0.06, 0.08, 0.08])
 
 
 def test_gradients_are_clipped_and_the_norm_that_is_told_is_theirs_before(train, monkeypatch):
@@ -175,6 +181,7 @@ def test_loss_and_means_follow_from_the_token_lists_of_a_step_of_two(train):
         want = [*lists.mean(1).tolist(), weight.mean().item(), loss.item()]
         assert found == pytest.approx(want, rel=2e-5)
         assert row["response_tokens"] == len(weight) == 2 * row["response_len"]
+        assert row["tokens_per_s"] * row["seconds"] == pytest.approx(len(weight))
 
 
 def test_samples_show_the_first_and_the_last_response_with_both_prompts(train):
@@ -929,3 +936,9 @@ def test_every_flag_that_a_page_names_is_one_of_ours(page):
     ours = re.sub(r"^ *(pip|hf|git|vllm|pytest)\b.*$", "", text, flags=re.M)
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", ours))
     assert named and named <= known, named - known
+
+
+@pytest.mark.parametrize("script", ["data/tiny/make.py", "tests/claims.py"])
+def test_a_script_that_no_other_test_runs_starts(script):
+    done = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: " in done.stdout
