@@ -64,7 +64,7 @@ def dpsw_loss(student_logits, teacher_logits, response_ids=None, mask=None, *,
 def check_inputs(student, teacher, response_ids, mask, *, top_k, beta, temperature, denominator,
                  **names):
     """(ids, mask), both (..., T); the mask is bool, all true where there is none. Raises
-    ValueError."""
+    ValueError. names: the options of CHOICES; a new one that is not of these is listed before."""
     for name, value in names.items():
         if value not in CHOICES[name]:
             raise ValueError(f"{name}={value!r} is none of {', '.join(CHOICES[name])}")
@@ -116,7 +116,9 @@ def diverge(student_logp, teacher_logp, options):
         return kl(student_logp, teacher_logp)
     if options["divergence"] == "forward":  # mass-covering
         return kl(teacher_logp, student_logp)
-    beta = options["beta"]  # jsd
+    if options["divergence"] != "jsd":
+        raise NotImplementedError(f"{options['divergence']} is in CHOICES, and not here")
+    beta = options["beta"]
     mix_logp = torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log1p(-beta))
     return beta * kl(teacher_logp, mix_logp) + (1 - beta) * kl(student_logp, mix_logp)
 

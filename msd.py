@@ -86,8 +86,8 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         loss, scores = learn(args, student, teacher, student_prompts, teacher_prompts, responses)
 
         # 4. update; what is not finite is never stepped on
-        weights = list_masters(student)
-        grad_norm = torch.nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
+        params = list_masters(student)
+        grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
         lr = args.lr * min(1, (step + 1) / (args.warmup + 1))
         bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
         means = summarise(scores, responses, stop_ids)
@@ -106,6 +106,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
                **means, "peak_mem_gb": max(gather(peak_memory(student.device))),
                "seconds": time.perf_counter() - began}
         row["tokens_per_s"] = row["response_tokens"] / row["seconds"]
+        # the first process's first and the last one's last: of both labels, one of each
         told = [describe(tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
                          responses[i], scores[i]) for i in sorted({0, len(batch) - 1})]
         told = sum(gather(told), [])
@@ -125,12 +126,14 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
     prompts, responses: lists of lists of ids. Returns (loss in nats, scores): of each response, in
     order, dpsw's stats as tensors (L,), and of the first and the last `teacher_top`, ids (L,).
     """
-    # the one count of the whole step: responses that have a token, or tokens
+    # the one count of the whole step, of all processes: responses that have a token, or tokens;
+    # divided by a micro-batch's own count, a response of a short one would weigh more
     counted = map(bool, responses) if args.weight_norm == "response" else map(len, responses)
+    denominator = sum(gather(sum(counted)))
     chunk_size = 2048 if student.device.type == "cuda" else 128
     options = dict(weighting=args.weighting, student_view=args.student_view, beta=args.beta,
                    top_k=args.dpsw_top_k, divergence=args.divergence, weight_norm=args.weight_norm,
-                   denominator=sum(gather(sum(counted))))
+                   denominator=denominator)
     order = sorted(range(len(responses)), key=lambda i: len(student_prompts[i] + responses[i]))
     scores = [{} for _ in responses]
     total = 0.0
@@ -363,7 +366,7 @@ def make_pools(args, model, tokenizer, template, langs, queries):
     prompts = [write_prompts(args, tokenizer, pairs, wrap) for wrap in ("{query}", template)]
     args.prompts = zlib.crc32(str(prompts).encode())
     for pair, *both in zip(pairs, *prompts):
-        if max(map(len, both)) <= room:
+        if max(map(len, both)) <= room:  # a question with an answer is to be answered, as benign
             pools["benign" if pair[0].label in ("benign", "qa") else "other"].append(pair)
     kept = sum(map(len, pools.values()))
     if skipped := len(pairs) - kept:

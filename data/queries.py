@@ -8,7 +8,8 @@ A path is a file, or names a file per language: "en=a.jsonl,bbc=b.jsonl". A file
 - Wide: a column per language, <lang>, prompt_<lang> or its name; English also ALIASES.
 - Long: a row per language, which a column names: LANGUAGE_COLUMNS.
 - Named for its language: also one of ALIASES, a translated column, or the only one.
-A text's language is never guessed.
+A text's language is never guessed. Once a file is read, a row is {column: cell}, the columns in
+lower case, but for a language's, which is its code in capitals: EN, JV.
 """
 import csv
 import functools
