@@ -20,7 +20,6 @@ import functools
 import itertools
 import json
 import math
-import os
 import random
 import re
 import sys
