@@ -20,6 +20,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
 import re
 import sys
@@ -160,23 +161,26 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
 
 def pick_batch(args, pools, step):
     """The (query, language) pairs of a step, a function of (seed, step) alone: benign queries are
-    --benign-fraction of them where there are others, too. pools: {"other": pairs, "benign": pairs}.
-    """
+    --benign-fraction of them where there are others, too; a pool goes round in a shuffled order.
+    pools: {"other": pairs, "benign": pairs}."""
     share = args.batch_size * args.benign_fraction
     if not (pools["benign"] and pools["other"]):
         share = args.batch_size if pools["benign"] else 0
     first = round(step * share)  # benign queries before this step, and after it
     last = round((step + 1) * share)
-    other = itertools.islice(go_round(args, pools, "other"), step * args.batch_size - first,
-                             (step + 1) * args.batch_size - last)
-    return [*other, *itertools.islice(go_round(args, pools, "benign"), first, last)]
-
-
-def go_round(args, pools, name):
-    """Yield a pool's pairs without end, each epoch in an order of its own."""
-    for epoch in itertools.count():
-        rng = random.Random(f"{args.seed} {name} {epoch}")
-        yield from rng.sample(pools[name], len(pools[name]))
+    spans = {"other": range(step * args.batch_size - first, (step + 1) * args.batch_size - last),
+             "benign": range(first, last)}
+    batch = []
+    for name, span in spans.items():
+        pairs = pools[name]
+        orders = {}  # epoch: its shuffled pairs
+        for i in span:
+            epoch, at = divmod(i, len(pairs))
+            if epoch not in orders:
+                rng = random.Random(f"{args.seed} {name} {epoch}")
+                orders[epoch] = rng.sample(pairs, len(pairs))
+            batch.append(orders[epoch][at])
+    return batch
 
 
 def write_prompts(args, tokenizer, batch, template="{query}"):
@@ -461,7 +465,7 @@ def start_out(args, before):
 def save_checkpoint(args, step, student, teacher, optimizer):
     """All that changes in a run, whole or not at all. Raises UserError."""
     path = Path(args.out, "checkpoint.pt")
-    logs = {name: Path(args.out, name).read_text(encoding="utf-8") for name in LOGS}
+    logs = {name: Path(args.out, name).stat().st_size for name in LOGS}
     weights = list_masters(student) + list_masters(teacher)
     state = {"step": step, "logs": logs, "weights": weights, "optimizer": optimizer.state_dict()}
     with told_in_a_line(f"cannot write {path}, the last is whole"):
@@ -471,7 +475,8 @@ def save_checkpoint(args, step, student, teacher, optimizer):
 
 @torch.no_grad()
 def load_checkpoint(args, student, teacher, optimizer):
-    """Restore what save_checkpoint wrote, the logs among it -> steps done. Raises UserError."""
+    """Restore what save_checkpoint wrote, cut what the logs hold beyond it -> steps done. Raises
+    UserError."""
     with told_in_a_line(f"--resume {args.out}"):
         state = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
         if args.steps < state["step"]:
@@ -482,8 +487,10 @@ def load_checkpoint(args, student, teacher, optimizer):
         round_masters(student)
         round_masters(teacher)
         optimizer.load_state_dict(state["optimizer"])
-        for name, text in state["logs"].items():
-            Path(args.out, name).write_text(text, encoding="utf-8")
+        for name, size in state["logs"].items():
+            if Path(args.out, name).stat().st_size < size:
+                raise ValueError(f"{name} is shorter than at the checkpoint")
+            os.truncate(Path(args.out, name), size)
     return state["step"]
 
 
