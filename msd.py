@@ -257,7 +257,7 @@ def join_processes(args, device):
 
 def sum_gradients(student):
     """Sum the gradients of all processes, in place."""
-    if dist.is_initialized():
+    if WORLD > 1:
         for p in list_masters(student):
             if p.grad is None:  # this process had no response with a token
                 p.grad = torch.zeros_like(p)
@@ -640,7 +640,7 @@ def main(args):
     if args.eval_every:
         show_table()
     print(f"the model lies in {args.out}; talk to it: python sample.py --model {args.out}")
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.destroy_process_group()
 
 

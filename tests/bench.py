@@ -409,7 +409,7 @@ def run_plan():
         "AdamW's moments": 2 * count_gb(trained),
         "the teacher's own weights": count_gb(p for p in teacher.parameters() if id(p) not in own),
         "the teacher's float32 averages": count_gb(
-            p.master for p in teacher.parameters() if getattr(p, "master", p) is not p),
+            p.master for p in teacher.parameters() if hasattr(p, "master")),
     }
     phases = plan_phases(args, student, tokenizer, on_gpu)
     largest = max(phases, key=phases.get)

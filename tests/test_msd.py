@@ -421,7 +421,7 @@ def test_an_ema_in_bfloat16_keeps_what_bfloat16_would_round_away(folder):
 def test_a_process_without_a_response_takes_its_part_in_the_sum(monkeypatch):
     student = build_student("Llama")
     summed = []
-    monkeypatch.setattr(msd.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(msd, "WORLD", 2)
     monkeypatch.setattr(msd.dist, "all_reduce", summed.append)
     msd.sum_gradients(student)
     trained = list(student.parameters())
