@@ -40,7 +40,7 @@ from data.queries import load_queries, split
 from dpsw import CHOICES, dpsw_loss_chunked
 from eval import append_line, pool, split_langs, told_in_a_line, write
 from sample import (
-    HERE, RANK, WORLD, Parser, UserError, encode_chat, fill_template, find_context, find_device,
+    HERE, RANK, WORLD, Parser, UserError, cut_by_length, encode_chat, fill_template, find_context, find_device,
     find_path, find_stop_ids, find_vocab_size, gather, load_model, natural, need, number,
     pad_right, positive, read_template, response_hidden, response_logits, sample, tell)
 
@@ -134,11 +134,10 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
     options = dict(weighting=args.weighting, student_view=args.student_view, beta=args.beta,
                    top_k=args.dpsw_top_k, divergence=args.divergence, weight_norm=args.weight_norm,
                    denominator=denominator)
-    order = sorted(range(len(responses)), key=lambda i: len(student_prompts[i] + responses[i]))
+    read = [p + r for p, r in zip(student_prompts, responses)]
     scores = [{} for _ in responses]
     total = 0.0
-    for start in range(0, len(order), args.micro_batch_size):
-        rows = order[start:start + args.micro_batch_size]
+    for rows in cut_by_length(student, read, args.micro_batch_size):
         taken = [responses[i] for i in rows]
         with torch.no_grad():
             teacher_hidden, teacher_head = response_hidden(

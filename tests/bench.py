@@ -52,8 +52,11 @@ def start(args, name, python=sys.executable, **job):
     """Start run_<name> as a worker: it tells its peak, then runs a repetition for every line that
     it is sent."""
     job = {**vars(args), **job, "name": name}
+    env = dict(os.environ)
+    if name == "trl":
+        env.setdefault("THP_MEM_ALLOC_ENABLE", "0")  # sample.py turns it on, TRL does not
     return subprocess.Popen([python, __file__, "--worker", json.dumps(job)], text=True,
-                            stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+                            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env)
 
 
 def hear(worker):
