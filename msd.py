@@ -40,9 +40,9 @@ from data.queries import load_queries, split
 from dpsw import CHOICES, dpsw_loss_chunked
 from eval import append_line, pool, split_langs, told_in_a_line, write
 from sample import (
-    HERE, RANK, WORLD, Parser, UserError, cut_by_length, encode_chat, fill_template, find_context, find_device,
-    find_path, find_stop_ids, find_vocab_size, gather, load_model, natural, need, number,
-    pad_right, positive, read_template, response_hidden, response_logits, sample, tell)
+    HERE, RANK, WORLD, Parser, UserError, cut_by_length, encode_chat, fill_template, find_context,
+    find_device, find_path, find_stop_ids, find_vocab_size, gather, load_model, natural, need,
+    number, pad_right, positive, read_template, response_hidden, response_logits, sample, tell)
 
 try:
     import resource
