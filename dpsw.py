@@ -206,7 +206,8 @@ def dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head
             hidden_grads.append(hidden_grad)
             for into, grad in zip(weight_grads, new_grads):
                 into += grad
-            weight_grads = weight_grads or new_grads
+            # .data is no view: into it the gradient of a tied embedding is summed in place
+            weight_grads = weight_grads or [grad.data for grad in new_grads]
 
     if hidden_grads:
         grads = torch.cat(hidden_grads), *weight_grads
