@@ -676,7 +676,7 @@ def build_parser():
         # optimisation
         ("--steps", positive, 100, "in all"),
         ("--batch-size", positive, 16, "responses a step"),
-        ("--micro-batch-size", positive, 4, "responses a backward pass"),
+        ("--micro-batch-size", positive, 4, "responses a backward pass, at most"),
         ("--lr", number(1e-12), 3e-4, "after the warm-up"),
         ("--warmup", natural, 4, "steps of linear warm-up"),
         ("--max-grad-norm", number(1e-12), 1.0, "to which gradients are clipped"),
