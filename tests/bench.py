@@ -40,7 +40,8 @@ if IS_WORKER:  # its parent imports no torch: a child's peak begins with its par
     import msd
     from data.queries import load_queries
     from dpsw import dpsw_loss, dpsw_loss_chunked
-    from sample import encode_chat, fill_template, load_model, read_template, sample
+    from sample import (cut_by_length, encode_chat, fill_template, load_model, read_template,
+                        sample)
 
 FIND_TRL = "from importlib.metadata import version; print('TRL', version('trl'))"
 EVAL_ROWS = 64  # that msd.py answers at a time
@@ -442,7 +443,7 @@ def plan_phases(args, model, tokenizer, on_gpu):
     n = args.max_new_tokens
 
     prompts = plan_prompts(args, model, tokenizer)
-    pad = max(count_padded(rows, args.micro_batch_size, n) for rows in prompts["student"])
+    pad = max(count_padded(model, rows, args.micro_batch_size, n) for rows in prompts["student"])
     longest = {who: max(map(len, sum(rows, []))) for who, rows in prompts.items()}
     judged = longest["student"] + max(32, n, args.eval_max_new_tokens or 0)
     asked = longest["teacher"] + max(32, n, args.eval_max_new_tokens or 0)
@@ -484,14 +485,10 @@ def plan_prompts(args, model, tokenizer):
     return prompts
 
 
-def count_padded(prompts, size, n):
+def count_padded(model, prompts, size, n):
     """The tokens of the largest micro-batch, padding included."""
-    lengths = sorted(len(prompt) + n for prompt in prompts)
-    largest = 0
-    for at in range(0, len(lengths), size):
-        rows = lengths[at:at + size]
-        largest = max(largest, len(rows) * rows[-1])
-    return largest
+    rows = [prompt + [0] * n for prompt in prompts]
+    return max(len(batch) * len(rows[batch[-1]]) for batch in cut_by_length(model, rows, size))
 
 
 # --- kill ---
