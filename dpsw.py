@@ -56,8 +56,9 @@ def dpsw_loss(student_logits, teacher_logits, response_ids=None, mask=None, *,
                    divergence=divergence, beta=beta, temperature=temperature,
                    weight_norm=weight_norm, denominator=denominator)
     ids, mask = check_inputs(student_logits, teacher_logits, response_ids, mask, **options)
-    loss, stats = sum_responses(student_logits[mask], teacher_logits[mask], ids[mask], mask,
-                                options)
+    student_logp = log_probs(student_logits[mask], temperature)  # (n, V)
+    teacher_logp = log_probs(teacher_logits.detach()[mask], temperature)
+    loss, stats = sum_responses(student_logp, teacher_logp, ids[mask], mask, options)
     return loss / find_denominator(mask, options), stats
 
 
@@ -145,13 +146,12 @@ def weigh(student_logp, teacher_logp, response_ids, options):
     return {"weight": weights[options["weighting"]], "w_teacher": w_teacher, "w_student": w_student}
 
 
-def sum_responses(student_logits, teacher_logits, response_ids, mask, options):
-    """Logits (n, V) and ids (n,) of the mask's tokens -> (the sum over its responses, stats)."""
-    if student_logits.shape != teacher_logits.shape:
+def sum_responses(student_logp, teacher_logp, response_ids, mask, options):
+    """Log-probabilities (n, V) and ids (n,) of the mask's tokens -> (the sum over its responses,
+    stats)."""
+    if student_logp.shape != teacher_logp.shape:
         raise ValueError(f"vocabularies differ: the student's logits end in "
-                         f"{student_logits.shape[-1]}, the teacher's in {teacher_logits.shape[-1]}")
-    student_logp = log_probs(student_logits, options["temperature"])
-    teacher_logp = log_probs(teacher_logits.detach(), options["temperature"])
+                         f"{student_logp.shape[-1]}, the teacher's in {teacher_logp.shape[-1]}")
     divergence = diverge(student_logp, teacher_logp, options)  # (n,)
     scores = {"divergence": divergence.detach(),
               **weigh(student_logp, teacher_logp, response_ids, options)}
@@ -193,10 +193,10 @@ def dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head
     for chunk, at in cut_chunks(rows.sum(-1).tolist(), chunk_size):
         hidden = student[at].detach().requires_grad_(student.requires_grad or bool(weights))
         with torch.no_grad():
-            teacher_logits = teacher_head(teacher[at])
-        loss, chunk_stats = sum_responses(
-            student_head(hidden), teacher_logits, ids[at], rows[chunk], options)
-        del teacher_logits  # else two chunks' would be held
+            teacher_logp = log_probs(teacher_head(teacher[at]), options["temperature"])
+        student_logp = log_probs(student_head(hidden), options["temperature"])
+        loss, chunk_stats = sum_responses(student_logp, teacher_logp, ids[at], rows[chunk], options)
+        del student_logp, teacher_logp  # the backward pass needs neither
         total += loss.detach()
         for name, x in chunk_stats.items():
             stats.setdefault(name, x.new_zeros(mask.shape)).view(rows.shape)[chunk] = x

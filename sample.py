@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
@@ -221,32 +221,13 @@ class RaggedDecoder:
         self.at += 1
         self.positions += 1
         self.mask.index_fill_(3, self.at, 0.0)
-        with fast_step():
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attend_by_group  # instead of transformers' own
+        try:
             self.logits = self.model(
                 input_ids=self.token, attention_mask=self.mask, position_ids=self.positions,
                 use_cache=True, past_key_values=self.cache).logits[:, -1]  # (B, V)
-
-
-@contextlib.contextmanager
-def fast_step():
-    """Within, models of transformers read a token a row by the two functions below."""
-    torch.nn.functional.linear = multiply_few
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend_by_group
-    try:
-        yield
-    finally:
-        torch.nn.functional.linear = linear
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-
-def multiply_few(x, weight, bias=None):
-    """F.linear of a token a row. With the weights on the left a CPU reads them faster."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return linear(x, weight, bias)
-    out = weight @ x.reshape(-1, x.shape[-1]).T  # (N, B)
-    if bias is not None:
-        out += bias[:, None]
-    return out.T.contiguous().view(*x.shape[:-1], len(weight))
+        finally:
+            del ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 def attend_by_group(module, query, key, value, attention_mask, scaling=None, **kwargs):
