@@ -130,10 +130,6 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
     # divided by a micro-batch's own count, a response of a short one would weigh more
     counted = map(bool, responses) if args.weight_norm == "response" else map(len, responses)
     denominator = sum(gather(sum(counted)))
-    chunk_size = 2048 if student.device.type == "cuda" else 128
-    options = dict(weighting=args.weighting, student_view=args.student_view, beta=args.beta,
-                   top_k=args.dpsw_top_k, divergence=args.divergence, weight_norm=args.weight_norm,
-                   denominator=denominator)
     read = [p + r for p, r in zip(student_prompts, responses)]
     scores = [{} for _ in responses]
     total = 0.0
@@ -145,8 +141,11 @@ def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
         student_hidden, student_head = response_hidden(
             student, [student_prompts[i] for i in rows], taken)  # (B, T, H)
         response_ids, mask = pad_right(taken, student.device)  # (B, T)
-        loss, stats = dpsw_loss_chunked(student_hidden, teacher_hidden, student_head, teacher_head,
-                                        response_ids, mask, chunk_size=chunk_size, **options)
+        loss, stats = dpsw_loss_chunked(
+            student_hidden, teacher_hidden, student_head, teacher_head, response_ids, mask,
+            weighting=args.weighting, student_view=args.student_view, top_k=args.dpsw_top_k,
+            divergence=args.divergence, beta=args.beta, weight_norm=args.weight_norm,
+            denominator=denominator, chunk_size=2048 if student.device.type == "cuda" else 128)
         loss.backward()
         total += loss.item()
 
@@ -539,8 +538,7 @@ def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, sco
 
 def split_text(tokenizer, ids):
     """The text of each token; a character of several tokens (Thai, Bengali) stands at its last."""
-    texts = [tokenizer.decode(ids[:n]).rstrip("\ufffd") for n in range(len(ids))]
-    texts.append(tokenizer.decode(ids))
+    texts = [tokenizer.decode(ids[:n]).rstrip("\ufffd") for n in range(len(ids) + 1)]
     return [text[len(before):] for before, text in itertools.pairwise(texts)]
 
 
