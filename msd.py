@@ -61,7 +61,6 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
     """The algorithm box. pools: the queries to learn from, see pick_batch. Yields after each step
     (steps done, steps in a row that were not finite)."""
-    generator = torch.Generator(student.device)
     stop_ids = find_stop_ids(student, tokenizer)
     vocab_size = find_vocab_size(tokenizer)
     bad = 0
@@ -80,7 +79,8 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
             student if on_policy else teacher, student_prompts if on_policy else teacher_prompts,
             max_new_tokens=args.max_new_tokens, stop_ids=stop_ids, temperature=args.temperature,
             top_k=args.top_k, top_p=args.top_p, vocab_size=vocab_size,
-            generator=generator.manual_seed(args.seed * 1_000_003 + step + (RANK << 24)))
+            generator=torch.Generator(student.device).manual_seed(
+                args.seed * 1_000_003 + step + (RANK << 24)))
 
         # 3. scores and loss: the teacher's distribution on every response token, weighted by DPSW
         loss, scores = learn(args, student, teacher, student_prompts, teacher_prompts, responses)
@@ -107,13 +107,12 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
                "seconds": time.perf_counter() - began}
         row["tokens_per_s"] = row["response_tokens"] / row["seconds"]
         # the first process's first and the last one's last: of both labels, one of each
-        told = [describe(tokenizer, step + 1, *batch[i], student_prompts[i], teacher_prompts[i],
-                         responses[i], scores[i]) for i in sorted({0, len(batch) - 1})]
-        told = sum(gather(told), [])
+        told = gather([describe(tokenizer, step + 1, *batch[i], student_prompts[i],
+                                teacher_prompts[i], responses[i], scores[i]) for i in (0, -1)])
         if RANK == 0:
             append_line(Path(args.out, "metrics.jsonl"), row)
-            for line in told[:1] + told[1:][-1:]:
-                append_line(Path(args.out, "samples.jsonl"), line)
+            append_line(Path(args.out, "samples.jsonl"), told[0][0])
+            append_line(Path(args.out, "samples.jsonl"), told[-1][1])
         bar.set_postfix_str(f"loss {loss:.4f}, {row['response_len']:.0f} tokens a response")
         yield step + 1, bad
 
@@ -533,7 +532,7 @@ def describe(tokenizer, step, query, lang, prompt, teacher_prompt, response, sco
         "step": step, "id": query.id, "label": query.label, "lang": lang,
         "prompt": tokenizer.decode(prompt), "teacher_prompt": tokenizer.decode(teacher_prompt),
         "response": tokenizer.decode(response), "tokens": split_text(tokenizer, response),
-        **numbers, "teacher_top": [tokenizer.decode([t]) for t in score["teacher_top"].tolist()]}
+        **numbers, "teacher_top": [tokenizer.decode(i) for i in score["teacher_top"]]}
 
 
 def split_text(tokenizer, ids):
