@@ -66,7 +66,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
     bad = 0
     for step in (bar := tqdm(range(start, args.steps), "msd", args.steps, initial=start)):
         began = time.perf_counter()
-        reset_peak(student.device)
+        take_peak(student.device)  # begin a new one
 
         # 1. queries, each under two contexts: the student's and the teacher's
         batch = pick_batch(args, pools, step)[RANK::WORLD]  # a process's share
@@ -103,7 +103,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
 
         # 5. tell: a line of numbers, and the first and the last response token by token
         row = {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": skipped,
-               **means, "peak_mem_gb": max(gather(peak_memory(student.device))),
+               **means, "peak_mem_gb": max(gather(take_peak(student.device))),
                "seconds": time.perf_counter() - began}
         row["tokens_per_s"] = row["response_tokens"] / row["seconds"]
         # the first process's first and the last one's last: of both labels, one of each
@@ -552,16 +552,13 @@ def write_page(args):
     write(Path(args.out, "page.html"), page)
 
 
-def reset_peak(device):
-    """Begin a new peak, where the device keeps one."""
+def take_peak(device):
+    """GB (1e9 bytes) at the peak: of the GPU's allocations since this was called last, else of this
+    process."""
     if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-
-
-def peak_memory(device):
-    """GB (1e9 bytes) at the peak: of the GPU's allocations, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        return peak / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
 

@@ -111,7 +111,7 @@ def lap(began=0.0, **more):
     """In a worker: report the repetition that began then, wait until the next may run, and return
     when it begins."""
     seconds = read_clock() - began
-    tell({"seconds": seconds, "peak": msd.peak_memory(torch.device("cpu")), **more})
+    tell({"seconds": seconds, "peak": msd.take_peak(torch.device("cpu")), **more})
     if not sys.stdin.readline():
         os._exit(0)
     return read_clock()
