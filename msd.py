@@ -31,7 +31,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import eval as evaluation
@@ -64,7 +63,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
     stop_ids = find_stop_ids(student, tokenizer)
     vocab_size = find_vocab_size(tokenizer)
     bad = 0
-    for step in (bar := tqdm(range(start, args.steps), "msd", args.steps, initial=start)):
+    for step in range(start, args.steps):
         began = time.perf_counter()
         take_peak(student.device)  # begin a new one
 
@@ -113,7 +112,8 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
             append_line(Path(args.out, "metrics.jsonl"), row)
             append_line(Path(args.out, "samples.jsonl"), told[0][0])
             append_line(Path(args.out, "samples.jsonl"), told[-1][1])
-        bar.set_postfix_str(f"loss {loss:.4f}, {row['response_len']:.0f} tokens a response")
+        tell(f"step {step + 1}/{args.steps}: loss {loss:.4f}, {row['response_len']:.0f} tokens a "
+             f"response, {row['seconds']:.1f} s")
         yield step + 1, bad
 
 
