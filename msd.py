@@ -59,7 +59,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 
 def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
     """The algorithm box. pools: the queries to learn from, see pick_batch. Yields after each step
-    (steps done, steps in a row that were not finite)."""
+    how many are done. Raises UserError where MAX_BAD_STEPS in a row were not finite."""
     stop_ids = find_stop_ids(student, tokenizer)
     vocab_size = find_vocab_size(tokenizer)
     bad = 0
@@ -89,6 +89,9 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         grad_norm = torch.nn.utils.clip_grad_norm_(params, args.max_grad_norm).item()
         lr = args.lr * min(1, (step + 1) / (args.warmup + 1))
         bad = 0 if math.isfinite(loss + grad_norm) else bad + 1
+        if bad == MAX_BAD_STEPS:
+            raise UserError(f"{bad} steps in a row were not finite: begin again with a lower --lr, "
+                            "or go on from the last checkpoint")
         means = summarise(scores, responses, stop_ids)
         skipped = bad > 0 or not means["response_tokens"]
         if not skipped:
@@ -114,7 +117,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
             append_line(Path(args.out, "samples.jsonl"), told[-1][1])
         tell(f"step {step + 1}/{args.steps}: loss {loss:.4f}, {row['response_len']:.0f} tokens a "
              f"response, {row['seconds']:.1f} s")
-        yield step + 1, bad
+        yield step + 1
 
 
 def learn(args, student, teacher, student_prompts, teacher_prompts, responses):
@@ -616,14 +619,10 @@ def main(args):
         if args.preflight:
             preflight(args, student, teacher, tokenizer, template, pools)
         show_table()
-    for step, bad in train(args, student, teacher, tokenizer, template, pools, optimizer, step):
+    for step in train(args, student, teacher, tokenizer, template, pools, optimizer, step):
         due = args.save_every and (step % args.save_every == 0 or step == args.steps)
-        if RANK == 0 and (due or bad == MAX_BAD_STEPS):
+        if RANK == 0 and due:
             save_checkpoint(args, step, student, teacher, optimizer)
-        if bad == MAX_BAD_STEPS:
-            gather(None)  # the first process has saved: torchrun ends it with the others
-            raise UserError(f"{bad} steps in a row were not finite: begin again with a lower --lr, "
-                            f"or take the last good weights by --resume --steps {step}")
         if args.eval_every and step % args.eval_every == 0 and step < args.steps:
             show_table()
     if RANK == 0:
