@@ -270,10 +270,7 @@ def load_models(args, device, dtype):
     """(student, teacher, tokenizer) from --model: adapters, teacher, checkpointing as flags say."""
     model, tokenizer = load_model(args.model, device, dtype)
     if hasattr(model, "peft_config"):
-        raise UserError(f"--model {args.model} is an adapter: train its base with --lora-rank, or "
-                        "merge the two first: README.md has the line")
-    if Path(args.model, "args.json").is_file():
-        tell(f"note: {args.model} was trained before: what it saw then is not marked in the tables")
+        raise UserError(f"--model {args.model} is an adapter: merge it first (README.md)")
     student = model.requires_grad_(not args.lora_rank)
     teacher = None
     if args.teacher == "frozen":  # as it is before adapters are added
@@ -498,9 +495,7 @@ def save_model(args, student, tokenizer):
     """Leave an ordinary Hugging Face (or PEFT adapter) folder with a model card."""
     student.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    files = ", ".join(Path(path).name for path in args.data)
-    card = CARD.format(**{**vars(args), "data": files})
-    write(Path(args.out, "README.md"), card)
+    write(Path(args.out, "README.md"), CARD.format_map(vars(args)))
 
 
 CARD = """---
