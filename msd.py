@@ -563,24 +563,11 @@ def take_peak(device):
 
 # --- the command ---
 
-def complete(args):
-    """Fill in the defaults that hang on other flags -> the target languages. Raises UserError."""
-    langs = split_langs(args.lang)
-    if not (langs and args.source_lang.strip()):
-        raise UserError("--lang or --source-lang names no language")
-    if args.divergence == "jsd" and args.beta in (0, 1):
-        raise UserError("--divergence jsd is 0 at --beta 0 and 1: take forward or reverse")
-    if args.eval_lang is None:
-        args.eval_lang = "" if args.data or args.eval_data else "sw"
-    args.data = args.data or [str(HERE / "data/queries.csv")]
-    args.out = args.out or f"out/{'-'.join(langs)}"
-    args.eval_max_new_tokens = args.eval_max_new_tokens or max(32, args.max_new_tokens)
-    return langs
-
-
 def main(args):
     """Read the data, load the models, preflight, train, evaluate, save."""
-    langs = complete(args)
+    langs = split_langs(args.lang)
+    args.data = args.data or [str(HERE / "data/queries.csv")]
+    args.out = args.out or f"out/{'-'.join(langs)}"
     before = check_out(args)
     template = read_template(args.teacher_prompt)
     heldout, queries = read_data(args, langs)
@@ -659,7 +646,7 @@ def build_parser():
         ("--student-view", CHOICES["student_view"], "teacher", "whose token p_S is of"),
         ("--weight-norm", CHOICES["weight_norm"], "response", "see dpsw.py"),
         ("--divergence", CHOICES["divergence"], "reverse", "see dpsw.py"),
-        ("--beta", number(0, 1), 0.5, "of jsd"),
+        ("--beta", number(0.01, 0.99), 0.5, "of jsd"),
         ("--dpsw-top-k", positive, 20, "K of the teacher's entropy"),
         # optimisation
         ("--steps", positive, 100, "in all"),
@@ -679,9 +666,9 @@ def build_parser():
         ("--save-every", natural, 50, "steps between checkpoints; 0: none"),
         ("--eval-every", natural, 1000, "steps between evaluations, beside those before and "
          "after; 0: none at all, and no preflight"),
-        ("--eval-lang", str, None, "further languages to judge (sw, where the data is our own)"),
+        ("--eval-lang", str, "", "further languages to judge"),
         ("--eval-limit", natural, 0, "the first N of each data, language and label; 0: all"),
-        ("--eval-max-new-tokens", natural, 0, "0: --max-new-tokens, at least 32"),
+        ("--eval-max-new-tokens", positive, 32, "of an answer that is judged"),
         ("--preflight", natural, 16, "training queries of each language and label to try first"))
     return parser
 

@@ -445,8 +445,8 @@ def plan_phases(args, model, tokenizer, on_gpu):
     prompts = plan_prompts(args, model, tokenizer)
     pad = max(count_padded(model, rows, args.micro_batch_size, n) for rows in prompts["student"])
     longest = {who: max(map(len, sum(rows, []))) for who, rows in prompts.items()}
-    judged = longest["student"] + max(32, n, args.eval_max_new_tokens or 0)
-    asked = longest["teacher"] + max(32, n, args.eval_max_new_tokens or 0)
+    judged = longest["student"] + args.eval_max_new_tokens
+    asked = longest["teacher"] + args.eval_max_new_tokens
     slots = args.batch_size * (max(longest.values()) + args.cot_tokens + n)
 
     kept = b * L * pad * (H if args.grad_checkpoint else width)

@@ -552,7 +552,7 @@ def test_from_another_folder_it_trains_its_own_model_on_its_own_queries(
     assert n == 8 and student <= 2 and teacher >= 6 and flips >= 5  # there is much to learn
     assert found["benign"][2] <= 2
     rows, _ = read_table(tmp_path / "out" / "jv", "after-1.json")
-    assert {row["lang"] for row in rows} == {"jv", "en", "sw"}
+    assert {row["lang"] for row in rows} == {"jv", "en"}
 
 
 # --- a run goes on ---
@@ -814,9 +814,9 @@ MISTAKES = [
     "--lr nan", "--lr inf", "--temperature -1", "--top-p 0", "--top-p 1.5", "--top-k -1",
     "--policy both", "--holdout 1.5", "--benign-fraction 2", "--dpsw-top-k 0", "--seed -1",
     "--resume=yes", "--dtype float8", "--device abacus", "--device cuda:99", "--lang xx",
-    "--lang ,", "--source-lang xx", "--source-lang=", "--label qa", "--teacher-prompt nobody",
+    "--lang ,", "--source-lang xx", "--label qa", "--teacher-prompt nobody",
     "--teacher-prompt /", "--teacher-prompt LICENSE", "--model /nowhere", "--data /nowhere.csv",
-    "--eval-data /nowhere.csv", "--resume", "--divergence jsd --beta 0", "--beta 2",
+    "--eval-data /nowhere.csv", "--resume", "--beta 0", "--beta 1",
     "--system \udcff", "--max-new-tokens 600", "more"]
 
 
@@ -832,12 +832,6 @@ def test_layers_that_take_no_adapter_are_one_line(fail, folder, tmp_path):
     shutil.copytree(folder, tmp_path / "m")
     build_model("Mamba", vocab_size=4096).save_pretrained(tmp_path / "m")
     assert "--lora-rank" in fail("o", "--model", tmp_path / "m", "--lora-rank", 2)
-
-
-def test_jsd_at_its_ends_points_to_the_divergences_that_are_meant(train, fail):
-    line = fail("o", "--divergence", "jsd", "--beta", 1)
-    assert "forward" in line and "reverse" in line
-    train("o", "--divergence", "reverse", "--beta", 1)  # of which beta is no part
 
 
 def test_an_adapter_is_no_model_to_train(train, fail):
