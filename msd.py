@@ -22,7 +22,6 @@ import json
 import math
 import os
 import random
-import re
 import sys
 import time
 import zlib
@@ -328,8 +327,8 @@ def read_data(args, langs):
     as well. Raises UserError."""
     asked = split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
     read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
-                             needs_all=not (args.eval_data or args.kept_out))
-    kept_out = list_texts(pool(read(args.kept_out, holdout=1)))
+                             needs_all=not args.eval_data)
+    kept_out = set().union(*(query.texts for query in pool(read(args.eval_data, holdout=1))))
     training = []
     for path in args.data:
         queries = load_queries(path, [args.source_lang, *langs], args.label)
@@ -342,29 +341,19 @@ def read_data(args, langs):
 
     limit = args.eval_limit or None
     judged = read(args.eval_data, holdout=1, limit=limit)
-    if not list_texts(training).isdisjoint(list_texts(pool(judged))):
-        raise UserError("--eval-data holds queries that this run was trained on: give it from the "
-                        "start, or measure by eval.py")
     if args.eval_every:
         judged += read(args.data, label=args.label, holdout=args.holdout, limit=limit)
     return judged, training
 
 
-def list_texts(queries):
-    """All texts of queries, in every language that was read."""
-    return set().union(*(query.texts for query in queries))
-
-
 def make_pools(args, model, tokenizer, template, langs, queries):
     """{"benign", "other": (query, language) pairs} of which both prompts leave room for a response
-    in the model's context; the others are counted. args.prompts: a checksum of all prompts. Raises
-    UserError if none is left."""
+    in the model's context; the others are counted. Raises UserError if none is left."""
     # 16: what stands around the judgement of --cot-tokens
     room = find_context(model) - args.max_new_tokens - args.cot_tokens - 16
     pools = {"benign": [], "other": []}
     pairs = list(itertools.product(queries, langs))
     prompts = [write_prompts(args, tokenizer, pairs, wrap) for wrap in ("{query}", template)]
-    args.prompts = zlib.crc32(str(prompts).encode())
     for pair, *both in zip(pairs, *prompts):
         if max(map(len, both)) <= room:  # a question with an answer is to be answered, as benign
             pools["benign" if pair[0].label in ("benign", "qa") else "other"].append(pair)
@@ -377,6 +366,7 @@ def make_pools(args, model, tokenizer, template, langs, queries):
     if not kept:
         raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or "
                         "give more --data (what is in --eval-data is never trained on)")
+    args.queries = zlib.crc32(str((template, pools)).encode())
     return pools
 
 
@@ -417,40 +407,23 @@ def preflight(args, student, teacher, tokenizer, template, pools):
 # --- what a run leaves ---
 
 def check_out(args):
-    """Refuse to write over what is there, or to resume with other flags; under --resume keep out of
-    training what was kept out -> args.json as it was. Raises UserError."""
+    """Refuse to write over what is there, or to resume with other flags. Raises UserError."""
     out = Path(args.out)
-    files = {path.name for path in out.glob("*")} - {"args.json.tmp", "after-0.json.tmp"}
-    args.kept_out = args.eval_data
-    before = {}
-    if "args.json" in files:
-        with told_in_a_line(out):
-            before = read_json(out / "args.json")
-    if args.resume:
-        if "checkpoint.pt" not in files:
-            raise UserError(f"--resume: there is no checkpoint in {out}")
-        args.kept_out = before.get("kept_out")
+    if not args.resume:
+        if any(out.glob("*")) and not (args.overwrite and (out / "args.json").is_file()):
+            raise UserError(f"--out {out} is in use: --resume goes on with the run that it holds, "
+                            "--overwrite replaces it")
+        return
+    with told_in_a_line(f"--resume {out}"):
+        before = read_json(out / "args.json")
         for name, value in vars(args).items():
-            if name not in MAY_CHANGE and name[:5] != "eval_" and before.get(name) != value:
+            if name not in MAY_CHANGE and name[:5] != "eval_" and before[name] != value:
                 raise UserError(f"--resume: --{name.replace('_', '-')} is {value}, and was "
-                                f"{before.get(name)} in {out}/args.json")
-    elif files:
-        if "kept_out" not in before:
-            raise UserError(f"--out {out} is there and is no run of msd.py: name another")
-        for path in (args.model, *args.data, *args.eval_data, find_path(args.teacher_prompt)):
-            if re.search(f"(^|=){re.escape(str(out.resolve()))}/", f"{path}/"):
-                raise UserError(f"--out {out} holds what is to be read, {path}: name another")
-        # a run without a checkpoint begins again
-        if files - {"args.json", "after-0.json", *LOGS} and not args.overwrite:
-            raise UserError(f"{out} is in use: --resume goes on with it, --overwrite replaces it")
-    return before
+                                f"{before[name]} in {out}")
 
 
-def start_out(args, before):
+def start_out(args):
     """Make --out with its args.json; the files of an earlier run go, but under --resume."""
-    if args.resume and before.get("prompts") != args.prompts:
-        tell("note: the prompts are not those that the run began with: the data, a template or the "
-             "date that the chat template writes have changed")
     if not args.resume:
         with told_in_a_line(f"cannot empty {args.out}"):
             for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
@@ -464,7 +437,8 @@ def save_checkpoint(args, step, student, teacher, optimizer):
     path = Path(args.out, "checkpoint.pt")
     logs = {name: Path(args.out, name).stat().st_size for name in LOGS}
     weights = list_masters(student) + list_masters(teacher)
-    state = {"step": step, "logs": logs, "weights": weights, "optimizer": optimizer.state_dict()}
+    state = {"step": step, "logs": logs, "weights": weights, "optimizer": optimizer.state_dict(),
+             "queries": args.queries}
     with told_in_a_line(f"cannot write {path}, the last is whole"):
         torch.save(state, f"{path}.tmp")
         Path(f"{path}.tmp").replace(path)
@@ -476,8 +450,9 @@ def load_checkpoint(args, student, teacher, optimizer):
     UserError."""
     with told_in_a_line(f"--resume {args.out}"):
         state = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
-        if args.steps < state["step"]:
-            raise UserError(f"--steps {args.steps}: {state['step']} are done in {args.out}")
+        if state["queries"] != args.queries:
+            raise UserError(f"--resume {args.out}: the queries to train on, or the teacher's prompt, "
+                            "are no longer those that it began with (is --eval-data another?)")
         weights = list_masters(student) + list_masters(teacher)
         for weight, saved in zip(weights, state["weights"], strict=True):
             weight.copy_(saved)
@@ -485,8 +460,6 @@ def load_checkpoint(args, student, teacher, optimizer):
         round_masters(teacher)
         optimizer.load_state_dict(state["optimizer"])
         for name, size in state["logs"].items():
-            if Path(args.out, name).stat().st_size < size:
-                raise ValueError(f"{name} is shorter than at the checkpoint")
             os.truncate(Path(args.out, name), size)
     return state["step"]
 
@@ -568,7 +541,7 @@ def main(args):
     langs = split_langs(args.lang)
     args.data = args.data or [str(HERE / "data/queries.csv")]
     args.out = args.out or f"out/{'-'.join(langs)}"
-    before = check_out(args)
+    check_out(args)
     template = read_template(args.teacher_prompt)
     heldout, queries = read_data(args, langs)
     device, dtype = find_device(args.device, args.dtype)
@@ -578,7 +551,7 @@ def main(args):
     optimizer = make_optimizer(args, student)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
     if RANK == 0:
-        start_out(args, before)
+        start_out(args)
     trained = sum(map(torch.numel, list_masters(student)))
     print(f"msd: {args.model} on {student.device} in {student.dtype}, {trained:,} weights trained "
           f"on {len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries in "
