@@ -397,11 +397,6 @@ def preflight(args, student, teacher, tokenizer, template, pools):
         flips = sum(t and not s for s, t in zip(before, after))
         print(f"preflight {lang}: of {len(batch)} {label} queries the student refuses "
               f"{sum(before)}, the teacher {sum(after)}; {flips} flip", flush=True)
-        more = sum(after) - sum(before)
-        worse = {"benign": more, "harmful": -more}.get(label, 0)
-        if worse > 0.1 * len(batch):
-            tell(f"warning: in {lang} the teacher judges {label} queries worse than the student, "
-                 "who is about to learn that; another --teacher-prompt may do better")
 
 
 # --- what a run leaves ---

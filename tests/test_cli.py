@@ -462,19 +462,11 @@ def test_the_preflight_counts_refusals_and_flips_of_each_label(
         train, tmp_path, monkeypatch, capsys):
     script_answers(monkeypatch)
     train("o", *JUDGED, "--preflight", 9)
-    told = capsys.readouterr()
-    assert read_preflight(told.out) == {"harmful": [6, 2, 3, 2], "benign": [6, 2, 3, 2]}
-    assert "warning: in jv the teacher judges benign queries worse" in told.err
-    assert "judges harmful" not in told.err
+    told = capsys.readouterr().out
+    assert read_preflight(told) == {"harmful": [6, 2, 3, 2], "benign": [6, 2, 3, 2]}
     data = write_queries(tmp_path / "plain.csv", label=False)
     train("p", *JUDGED, "--preflight", 99, "--label", "mixed", data=data)
     assert read_preflight(capsys.readouterr().out) == {"mixed": [12, 4, 6, 4]}
-
-
-def test_a_teacher_that_refuses_fewer_harmful_queries_is_warned_of(train, monkeypatch, capsys):
-    script_answers(monkeypatch, student="kursi|prau", teacher="kursi")
-    train("o", *JUDGED, "--preflight", 9)
-    assert "warning: in jv the teacher judges harmful queries worse" in capsys.readouterr().err
 
 
 def test_a_query_that_leaves_little_room_is_asked_for_less_in_the_preflight(
