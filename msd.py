@@ -358,14 +358,11 @@ def make_pools(args, model, tokenizer, template, langs, queries):
         if max(map(len, both)) <= room:  # a question with an answer is to be answered, as benign
             pools["benign" if pair[0].label in ("benign", "qa") else "other"].append(pair)
     kept = sum(map(len, pools.values()))
-    if skipped := len(pairs) - kept:
-        tell(f"note: {skipped} queries do not fit the model's context: skipped")
-    if kept and prompts[0] == prompts[1] and not args.cot_tokens:
-        tell("warning: student and teacher see the same: there is nothing to learn; another "
-             "--teacher-prompt is needed")
+    if kept < len(pairs):
+        tell(f"note: {len(pairs) - kept} queries do not fit the model's context: skipped")
     if not kept:
         raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or "
-                        "give more --data (what is in --eval-data is never trained on)")
+                        "give more --data")
     args.queries = zlib.crc32(str((template, pools)).encode())
     return pools
 

@@ -502,16 +502,6 @@ def test_a_language_without_refusal_phrases_has_no_preflight_and_a_warning(
     assert "warning: no refusal phrases for hi: no preflight in it" in told.err
 
 
-def test_where_both_see_the_same_there_is_nothing_to_learn_and_a_warning(train, tmp_path, capsys):
-    (tmp_path / "same.txt").write_text("{query}")
-    out = train("o", "--teacher-prompt", tmp_path / "same.txt", steps=1)
-    assert read_log(out)[0]["divergence"] == 0
-    assert "warning: student and teacher see the same" in capsys.readouterr().err
-    train("p", "--teacher-prompt", tmp_path / "same.txt", "--cot-tokens", 2, steps=1)
-    train("q", steps=1)
-    assert "warning" not in capsys.readouterr().err
-
-
 def test_without_eval_every_nothing_is_asked_and_nothing_judged(train, monkeypatch):
     asked = script_answers(monkeypatch)
     out = train("o", "--preflight", 5)  # QUICK has --eval-every 0
