@@ -330,11 +330,11 @@ def read_items(path, refusals, rows=()):
 # --- the command
 
 def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, limit=None,
-                 is_parallel=False, needs_all=True):
+                 is_parallel=False):
     """[(path, lang, queries)] of every path that has the language (is_parallel, or where it is not
     English: and source_lang): the held-out part, a label's first `limit`, none that is labelled
-    mixed. Raises UserError for a path without any of the languages or with the same texts in two,
-    and (needs_all) for a language that no path has."""
+    mixed. Raises UserError for a path without any of the languages or with the same texts in two;
+    a language that a path lacks is told."""
     cells = []
     known = {}
     errors = {}
@@ -344,7 +344,7 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         try:
             queries = load_queries(path, asked, label)
         except UserError as e:
-            errors.update({path: e, lang: e})
+            errors[path, lang] = e
             continue
         texts = tuple(query.text[lang] for query in queries)
         if known.setdefault((path, texts), lang).upper() not in queries[0].extra:
@@ -360,9 +360,8 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
             kept += [query for query in queries if query.label == judged][:limit]
         cells.append((path, lang, kept))
 
-    for name, error in errors.items():
-        is_found = any(name in cell[:2] for cell in cells)
-        if not is_found and (needs_all or name in paths):
+    for (path, _), error in errors.items():
+        if not any(cell[0] == path for cell in cells):
             raise error
         tell(f"note: not evaluated: {error}")
     return cells

@@ -326,23 +326,16 @@ def read_data(args, langs):
     what is held out of --data; the other queries of --data, but for those that are in --eval-data
     as well. Raises UserError."""
     asked = split_langs(f"{args.lang} {args.source_lang} {args.eval_lang}")
-    read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang,
-                             needs_all=not args.eval_data)
+    read = functools.partial(evaluation.read_heldout, langs=asked, source_lang=args.source_lang)
     kept_out = set().union(*(query.texts for query in pool(read(args.eval_data, holdout=1))))
     training = []
     for path in args.data:
         queries = load_queries(path, [args.source_lang, *langs], args.label)
         part = split(queries, args.holdout)[0]
-        kept = [query for query in part if kept_out.isdisjoint(query.texts)]
-        if len(kept) < len(part):
-            tell(f"note: {path}: {len(part) - len(kept)} queries are in --eval-data as well, and "
-                 "not trained on")
-        training += kept
+        training += [query for query in part if kept_out.isdisjoint(query.texts)]
 
-    limit = args.eval_limit or None
-    judged = read(args.eval_data, holdout=1, limit=limit)
-    if args.eval_every:
-        judged += read(args.data, label=args.label, holdout=args.holdout, limit=limit)
+    judged = read(args.eval_data, holdout=1, limit=args.eval_limit)
+    judged += read(args.data, label=args.label, holdout=args.holdout, limit=args.eval_limit)
     return judged, training
 
 
@@ -632,7 +625,7 @@ def build_parser():
         ("--eval-every", natural, 1000, "steps between evaluations, beside those before and "
          "after; 0: none at all, and no preflight"),
         ("--eval-lang", str, "", "further languages to judge"),
-        ("--eval-limit", natural, 0, "the first N of each data, language and label; 0: all"),
+        ("--eval-limit", positive, None, "the first N of each data, language and label"),
         ("--eval-max-new-tokens", positive, 32, "of an answer that is judged"),
         ("--preflight", natural, 16, "training queries of each language and label to try first"))
     return parser

@@ -573,15 +573,14 @@ def test_queries_are_held_out_by_the_source_languages_text_as_in_training(tmp_pa
     assert [query.id for query in found] == [query.id for query in heldout] != []
 
 
-def test_a_language_that_one_file_lacks_is_noted_and_one_that_all_lack_is_an_error(
+def test_a_language_that_a_file_lacks_is_noted_and_a_file_without_any_is_an_error(
         folders, tmp_path, capsys):
     (tmp_path / "s.csv").write_text("label,en,sw\nharmful,Q1?,S1?\nharmful,Q2?,S2?\n")
     paths = [str(folders / "q.csv"), str(tmp_path / "s.csv")]
     assert [lang for _, lang, _ in read_heldout(paths, ["jv", "sw"])] == ["jv", "sw", "sw"]
     assert "note: not evaluated: " in capsys.readouterr().err
-    for langs in (["jv", "xx"], ["jv"]):  # the second file has none of the latter
-        with pytest.raises(UserError, match=langs[-1]):
-            read_heldout(paths, langs)
+    with pytest.raises(UserError, match="jv"):  # of which the second file has none
+        read_heldout(paths, ["jv"])
 
 
 def test_a_file_that_names_no_language_is_of_one_language(tmp_path):
@@ -609,7 +608,6 @@ def test_what_is_held_out_by_its_own_text_is_warned_of(folders, tmp_path, capsys
 @pytest.mark.parametrize("flags, says", [
     (["--model", "no/such-model"], "cannot load a model"),
     (["--model", "{root}/broken"], "not finite"),
-    (["--lang", "jv,xx"], "xx"),
     (["--holdout", "0"], "held out"),
     (["--judge", "Qwen3Guard/merged"], "--judge-format"),
     (["--refusals", "absent.json"], "absent.json"),
