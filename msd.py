@@ -436,8 +436,8 @@ def load_checkpoint(args, student, teacher, optimizer):
     with told_in_a_line(f"--resume {args.out}"):
         state = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
         if state["queries"] != args.queries:
-            raise UserError(f"--resume {args.out}: the queries to train on, or the teacher's prompt, "
-                            "are no longer those that it began with (is --eval-data another?)")
+            raise UserError(f"--resume {args.out}: the queries to train on, or the teacher's "
+                            "prompt, are no longer its own (is --eval-data another?)")
         weights = list_masters(student) + list_masters(teacher)
         for weight, saved in zip(weights, state["weights"], strict=True):
             weight.copy_(saved)
@@ -539,38 +539,33 @@ def main(args):
         start_out(args)
     trained = sum(map(torch.numel, list_masters(student)))
     print(f"msd: {args.model} on {student.device} in {student.dtype}, {trained:,} weights trained "
-          f"on {len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries in "
-          f"{', '.join(langs)}; {args.policy}-policy, {args.teacher} teacher under "
-          f"'{args.teacher_prompt}'", flush=True)
+          f"on {len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries",
+          flush=True)
+    base = []  # the first table
 
     def show_table():
         run = evaluation.evaluate(
             student, tokenizer, heldout, refusals=load_refusals(), seen=langs, batch_size=64,
             max_new_tokens=args.eval_max_new_tokens, system=args.system)
-        path = Path(args.out, "after-0.json")
-        base = read_json(path) if path.is_file() else []
         evaluation.compare(run, base)
-        print(f"\nheld-out queries after {step} steps (base: before the first)")
+        print(f"\nheld-out queries after {step} steps (base: the first table)")
         evaluation.print_rates(run, base)
-        if RANK == 0:
-            write(Path(args.out, f"after-{step}.json"), json.dumps(run))
+        base[:] = base or run
 
     if args.eval_every and not args.resume:
         if args.preflight:
             preflight(args, student, teacher, tokenizer, template, pools)
         show_table()
     for step in train(args, student, teacher, tokenizer, template, pools, optimizer, step):
-        due = args.save_every and (step % args.save_every == 0 or step == args.steps)
-        if RANK == 0 and due:
+        is_last = step == args.steps
+        if RANK == 0 and args.save_every and (is_last or step % args.save_every == 0):
             save_checkpoint(args, step, student, teacher, optimizer)
-        if args.eval_every and step % args.eval_every == 0 and step < args.steps:
+        if args.eval_every and (is_last or step % args.eval_every == 0):
             show_table()
     if RANK == 0:
         with told_in_a_line(f"cannot save in {args.out}"):
             save_model(args, student, tokenizer)
             write_page(args)
-    if args.eval_every:
-        show_table()
     print(f"the model lies in {args.out}; talk to it: python sample.py --model {args.out}")
     if WORLD > 1:
         dist.destroy_process_group()

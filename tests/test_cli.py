@@ -352,27 +352,32 @@ def list_ids(out):
     return {line["id"] for line in read_log(out, "samples.jsonl")}
 
 
-def read_table(out, name):
-    """(rows, items)."""
-    rows, items = zip(*json.loads((out / name).read_text(encoding="utf-8")))
-    return rows, sum(items, [])
+@pytest.fixture
+def tables(monkeypatch):
+    """The tables that are printed, each (rows, items)."""
+    found = []
+
+    def show(run, base):
+        found.append(([row for row, _ in run], sum((items for _, items in run), [])))
+    monkeypatch.setattr(msd.evaluation, "print_rates", show)
+    return found
 
 
-def test_held_out_queries_are_judged_and_the_others_trained_on(train):
+def test_held_out_queries_are_judged_and_the_others_trained_on(train, tables):
     out = train("o", *JUDGED, "--holdout", 0.5, steps=8)
-    judged = {item["id"] for item in read_table(out, "after-8.json")[1]}
+    judged = {item["id"] for item in tables[-1][1]}
     assert judged and judged.isdisjoint(list_ids(out))
     assert judged | list_ids(out) == {str(n) for n in range(1, 13)}
 
 
 @pytest.mark.parametrize("judged", [[], JUDGED], ids=["not judged", "judged"])
 def test_eval_data_is_judged_and_never_trained_on_even_where_it_overlaps(
-        train, tmp_path, judged):
+        train, tables, tmp_path, judged):
     extra = write_queries(tmp_path / "extra.csv", [QUERIES[0], QUERIES[1], QUERIES[7]])
     out = train("o", *judged, "--eval-limit", 1, "--eval-data", extra, steps=8)
     assert list_ids(out) == {"3", "4", "5", "6", "7", "9", "10", "11", "12"}
     if judged:
-        rows, _ = read_table(out, "after-8.json")
+        rows, _ = tables[-1]
         assert {(row["label"], row["n"]) for row in rows} == {("harmful", 1), ("benign", 1)}
 
 
@@ -382,10 +387,11 @@ def test_eval_data_without_english_is_not_trained_on_either(train, tmp_path):
     assert list_ids(train("o", "--eval-data", extra, steps=6)) == {"1", "2", "10", "11", "12"}
 
 
-def test_eval_data_need_not_have_every_language(train, tmp_path, capsys):
+def test_eval_data_need_not_have_every_language(train, tables, tmp_path, capsys):
     extra = tmp_path / "en.csv"
     extra.write_text("label,en\nharmful,Take it?\n")
-    rows, _ = read_table(train("o", *JUDGED, "--eval-data", extra), "after-0.json")
+    train("o", *JUDGED, "--eval-data", extra)
+    rows, _ = tables[0]
     assert [row["lang"] for row in rows] == ["en"]
     assert "no column for language jv" in capsys.readouterr().err
 
@@ -399,14 +405,15 @@ def test_a_resumed_run_does_not_judge_by_what_it_was_trained_on(train, fail, tmp
     train("o", *flags, steps=3)
 
 
-def test_mixed_queries_are_trained_on_and_not_judged_and_eval_data_is_harmful(train, tmp_path):
+def test_mixed_queries_are_trained_on_and_not_judged_and_eval_data_is_harmful(
+        train, tables, tmp_path):
     data = write_queries(tmp_path / "mixed.csv", QUERIES[2:], label=False)
     extra = write_queries(tmp_path / "extra.csv", QUERIES[:2], label=False)
     flags = ["--label", "mixed", "--holdout", 0.3, "--benign-fraction", 1, "--eval-data", extra]
     out = train("o", *JUDGED, *flags, data=data, steps=6)
     assert len(list_ids(out)) > 5
     assert {line["label"] for line in read_log(out, "samples.jsonl")} == {"mixed"}
-    rows, _ = read_table(out, "after-6.json")
+    rows, _ = tables[-1]
     judged = {(Path(row["data"]).name, row["label"]) for row in rows}
     assert judged == {("extra.csv", "harmful")}
 
@@ -503,18 +510,17 @@ def test_a_language_without_refusal_phrases_has_no_preflight_and_a_warning(
 
 def test_without_eval_every_nothing_is_asked_and_nothing_judged(train, monkeypatch):
     asked = script_answers(monkeypatch)
-    out = train("o", "--preflight", 5)  # QUICK has --eval-every 0
-    assert not asked and not [*out.glob("after*")]
+    train("o", "--preflight", 5)  # QUICK has --eval-every 0
+    assert not asked
 
 
-def test_tables_come_before_between_and_after(train, capsys):
-    out = train("o", *JUDGED, "--holdout", 0.4, "--eval-every", 2, "--eval-lang", "en", steps=5)
-    names = {path.name for path in out.glob("after-*")}
-    assert names == {"after-0.json", "after-2.json", "after-4.json", "after-5.json"}
-    for name in names:
-        rows, _ = read_table(out, name)
+def test_tables_come_before_between_and_after(train, tables, capsys):
+    train("o", *JUDGED, "--holdout", 0.4, "--eval-every", 2, "--eval-lang", "en", steps=5)
+    told = re.findall(r"held-out queries after (\d)", capsys.readouterr().out)
+    assert told == ["0", "2", "4", "5"]
+    for rows, _ in tables:
         assert {(row["lang"], row["seen"]) for row in rows} == {("jv", True), ("en", False)}
-    assert capsys.readouterr().out.count("held-out queries after") == 4
+    assert all(row["base"] is not None for row in tables[-1][0])
 
 
 def test_the_preflight_and_the_tables_ask_with_the_system_turn_too(train, monkeypatch):
@@ -524,7 +530,7 @@ def test_the_preflight_and_the_tables_ask_with_the_system_turn_too(train, monkey
 
 
 def test_from_another_folder_it_trains_its_own_model_on_its_own_queries(
-        tmp_path, monkeypatch, capsys):
+        tables, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run("--lang", "jv", "--steps", 1, "--batch-size", 2, "--max-new-tokens", 4, "--preflight", 8,
         "--eval-limit", 1, "--eval-max-new-tokens", 24)
@@ -532,7 +538,7 @@ def test_from_another_folder_it_trains_its_own_model_on_its_own_queries(
     n, student, teacher, flips = found["harmful"]
     assert n == 8 and student <= 2 and teacher >= 6 and flips >= 5  # there is much to learn
     assert found["benign"][2] <= 2
-    rows, _ = read_table(tmp_path / "out" / "jv", "after-1.json")
+    rows, _ = tables[-1]
     assert {row["lang"] for row in rows} == {"jv", "en"}
 
 
@@ -602,13 +608,13 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_as_if_it_were_not(
     check_same_run(train("o", "--resume", steps=steps), train("straight", steps=steps))
 
 
-def test_resume_may_change_what_leaves_the_training_alone(train):
+def test_resume_may_change_what_leaves_the_training_alone(train, tables):
     straight = train("straight", steps=4)
     train("o")
     out = train("o", "--resume", *JUDGED, "--save-every", 3, "--preflight", 1, "--eval-limit", 1,
                 "--eval-lang", "en", "--device", "cpu", steps=4)
     check_same_run(out, straight)
-    assert [path.name for path in out.glob("after-*")] == ["after-4.json"]  # without a base
+    assert len(tables) == 1  # without a base
 
 
 def test_a_file_that_is_named_twice_is_one_line(fail, tmp_path):
@@ -657,7 +663,7 @@ def test_resume_refuses_queries_or_a_prompt_that_changed(train, fail, tmp_path):
     for file, text in ((prompt, "{query_en}"), (tmp_path / "q.csv", "label,en,jv\nharmful,a,b\n")):
         before = file.read_text()
         file.write_text(text)
-        assert "no longer those" in fail("o", "--teacher-prompt", prompt, "--resume", steps=3)
+        assert "no longer its own" in fail("o", "--teacher-prompt", prompt, "--resume", steps=3)
         file.write_text(before)
     train("o", "--teacher-prompt", prompt, "--resume", steps=3)
 
