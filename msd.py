@@ -218,29 +218,24 @@ def update_ema(teacher, student, decay):
 # --- float32 masters: weights in bfloat16 alone would lose small updates to rounding ---
 
 def add_masters(model):
-    """Give each trained weight of less than float32 a float32 `master`, which sums its gradients.
-    """
-    def move_gradient(p):
-        grad = p.grad.float()
-        p.grad = None
-        p.master.grad = grad if p.master.grad is None else p.master.grad.add_(grad)
-
+    """Give each trained weight a float32 `master`, and float32 gradients, which are summed so. The
+    master of a float32 weight is itself."""
     for p in model.parameters():
-        if p.requires_grad and p.dtype != torch.float32:
+        if p.requires_grad:
             p.master = p.detach().float()
-            p.register_post_accumulate_grad_hook(move_gradient)
+            p.grad_dtype = torch.float32
 
 
 def list_masters(model):
     """What changes of a model: of the student by the optimizer, of an EMA teacher as an average."""
-    return [getattr(p, "master", p) for p in model.parameters() if p.requires_grad]
+    return [p.master for p in model.parameters() if p.requires_grad]
 
 
 @torch.no_grad()
 def round_masters(model):
     """Copy the masters into the weights that run."""
     for p in model.parameters():
-        if hasattr(p, "master"):
+        if p.requires_grad:
             p.copy_(p.master)
 
 
@@ -255,12 +250,15 @@ def join_processes(args, device):
 
 
 def sum_gradients(student):
-    """Sum the gradients of all processes, in place."""
-    if WORLD > 1:
-        for p in list_masters(student):
-            if p.grad is None:  # this process had no response with a token
-                p.grad = torch.zeros_like(p)
-            dist.all_reduce(p.grad)
+    """Move the gradients to the masters, summed over all processes."""
+    for p in student.parameters():
+        if p.requires_grad:
+            # None: this process had no response with a token
+            grad = torch.zeros_like(p.master) if p.grad is None else p.grad
+            if WORLD > 1:
+                dist.all_reduce(grad)
+            p.master.grad = grad
+            p.grad = None
 
 
 # --- models ---

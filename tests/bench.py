@@ -255,7 +255,7 @@ def run_step():
         sampled = read_clock()
         msd.learn(args, student, teacher, student_prompts, teacher_prompts, responses)
         learned = read_clock()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), args.max_grad_norm).item()
+        torch.nn.utils.clip_grad_norm_(msd.list_masters(student), args.max_grad_norm).item()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         updated = read_clock()
@@ -408,12 +408,14 @@ def run_plan():
     trained = msd.list_masters(student)
     parts = {
         "weights": count_gb(student.parameters()),
-        "float32 masters": count_gb(p for p in trained if id(p) not in own),
+        "float32 masters": count_gb(
+            p.master for p in student.parameters() if p.requires_grad and p.dtype != p.master.dtype),
         "gradients": count_gb(trained),
         "AdamW's moments": 2 * count_gb(trained),
         "the teacher's own weights": count_gb(p for p in teacher.parameters() if id(p) not in own),
         "the teacher's float32 averages": count_gb(
-            p.master for p in teacher.parameters() if hasattr(p, "master")),
+            p.master for p in teacher.parameters()
+            if teacher is not student and p.requires_grad and p.dtype != p.master.dtype),
     }
     phases = plan_phases(args, student, tokenizer, on_gpu)
     largest = max(phases, key=phases.get)

@@ -71,8 +71,9 @@ def load(folder, *argv, dtype=torch.float32):
 def score(student, teacher, *argv, prompts=PROMPTS, others=OTHER_PROMPTS, responses=RESPONSES):
     """learn under the flags of a command line -> (loss, scores, gradient)."""
     student.zero_grad()
+    msd.add_masters(student)
     loss, scores = learn(parse(*argv), student, teacher, prompts, others, responses)
-    return loss, scores, get_gradient(student)
+    return loss, scores, torch.cat([p.grad.flatten() for p in msd.list_masters(student)])
 
 
 def get_gradient(model):
@@ -422,6 +423,7 @@ def test_an_ema_in_bfloat16_keeps_what_bfloat16_would_round_away(folder):
 def test_a_process_without_a_response_takes_its_part_in_the_sum(monkeypatch):
     student = build_student("Llama")
     summed = []
+    msd.add_masters(student)
     monkeypatch.setattr(msd, "WORLD", 2)
     monkeypatch.setattr(msd.dist, "all_reduce", summed.append)
     msd.sum_gradients(student)

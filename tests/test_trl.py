@@ -86,7 +86,7 @@ def test_the_trl_block_has_the_prompts_the_loss_and_the_gradient_of_msd(trained,
     assert seen == [prompt + response for prompt, response in zip(teacher_prompts, responses)]
 
     loss, _ = msd.learn(args, student, teacher, student_prompts, teacher_prompts, responses)
-    norm = torch.nn.utils.get_total_norm(p.grad for p in student.parameters()).item()
+    norm = torch.nn.utils.get_total_norm(p.grad for p in msd.list_masters(student)).item()
     first = trainer.state.log_history[0]
     assert loss > 0.1 and first["loss"] == pytest.approx(loss, abs=1e-4)
     assert first["grad_norm"] == pytest.approx(norm, rel=1e-3)
@@ -109,8 +109,9 @@ def test_the_block_of_a_plain_loop_takes_a_step_on_the_loss_of_msd(ours):
     responses = [[15, 16, 17, 18], [19, 20]]
     student = build_model("Llama")
     teacher = copy.deepcopy(student)
+    msd.add_masters(student)
     want, _ = msd.learn(args, student, teacher, student_prompts, teacher_prompts, responses)
-    stepped = [p.detach() - p.grad for p in student.parameters()]
+    stepped = [p.detach() - p.master.grad for p in student.parameters()]
     student.zero_grad()
 
     response_ids, mask = pad_right(responses, "cpu")
