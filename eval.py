@@ -270,16 +270,15 @@ def told_in_a_line(what):
 
 
 def write(path, text):
-    """Write a file whole or not at all. Raises UserError."""
-    with told_in_a_line(f"cannot write {path}"):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(f"{path}.tmp").write_text(text, encoding="utf-8")
-        Path(f"{path}.tmp").replace(path)
+    """Write a file whole or not at all."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(f"{path}.tmp").write_text(text, encoding="utf-8")
+    Path(f"{path}.tmp").replace(path)
 
 
 def append_line(path, row):
-    """Add a line to a JSONL file; what is not finite becomes null. Raises UserError."""
-    with told_in_a_line(f"cannot write {path}"), open(path, "a", encoding="utf-8") as file:
+    """Add a line to a JSONL file; what is not finite becomes null."""
+    with open(path, "a", encoding="utf-8") as file:
         row = json.loads(json.dumps(row), parse_constant=lambda constant: None)  # JSON has no NaN
         file.write(format_line(row))
 

@@ -408,10 +408,9 @@ def check_out(args):
 def start_out(args):
     """Make --out with its args.json; the files of an earlier run go, but under --resume."""
     if not args.resume:
-        with told_in_a_line(f"cannot empty {args.out}"):
-            for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
-                if not old.is_dir():  # what lies deeper is not of a run
-                    old.unlink()
+        for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
+            if not old.is_dir():  # what lies deeper is not of a run
+                old.unlink()
     write(Path(args.out, "args.json"), json.dumps(vars(args), indent=1))
 
 

@@ -599,8 +599,6 @@ class Parser(argparse.ArgumentParser):
                     if isinstance(files, list) and len(set(files)) < len(files):
                         raise UserError(f"--{name.replace('_', '-')} names a file twice")
                 main(args)
-        except UserError as e:
-            self.error(e)
         except KeyboardInterrupt:
             self.exit(130, f"\n{self.prog}: interrupted\n")
         except RuntimeError as e:
@@ -613,6 +611,8 @@ class Parser(argparse.ArgumentParser):
         except BrokenPipeError:  # as in `… | head`; nor may what is buffered fail at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.exit(141)  # as of SIGPIPE: the work was not done
+        except (UserError, OSError) as e:  # of an OSError: a full disk, a file that may not be read
+            self.error(e)
 
 
 def words(text):

@@ -718,7 +718,7 @@ def test_a_full_disk_is_one_line_and_the_checkpoint_before_it_stays(train, fail)
 
 
 @pytest.mark.parametrize("size, says", [  # a log, the tokenizer's file
-    (1 << 12, ".jsonl: OSError"), (1 << 17, "cannot save in")])
+    (1 << 12, "too large"), (1 << 17, "cannot save in")])
 def test_a_disk_that_fills_up_is_one_line(fail, size, says):
     with limit_files(size):
         assert says in fail("o", "--save-every", 0, steps=9)
@@ -740,10 +740,10 @@ def test_overwrite_leaves_what_lies_deeper_and_nothing_else_also_behind_a_link(t
 
 def test_a_file_that_cannot_be_deleted_is_one_line(train, fail, monkeypatch):
     def refuse(file):
-        raise PermissionError
+        raise PermissionError(file)
     train("o")
     monkeypatch.setattr(Path, "unlink", refuse)
-    assert "cannot empty" in fail("o", "--overwrite")
+    assert "error: " in fail("o", "--overwrite")
 
 
 each_way = pytest.mark.parametrize("flags", [[], ["--overwrite"], ["--resume"]], ids=str)
