@@ -56,7 +56,7 @@ LOGS = ("metrics.jsonl", "samples.jsonl")
 
 # --- the algorithm ---
 
-def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
+def train(args, student, teacher, tokenizer, pools, optimizer, start):
     """The algorithm box. pools: the queries to learn from, see pick_batch. Yields after each step
     how many are done. Raises UserError where MAX_BAD_STEPS in a row were not finite."""
     stop_ids = find_stop_ids(student, tokenizer)
@@ -69,7 +69,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
         # 1. queries, each under two contexts: the student's and the teacher's
         batch = pick_batch(args, pools, step)[RANK::WORLD]  # a process's share
         student_prompts = write_prompts(args, tokenizer, batch)
-        teacher_prompts = write_teacher_prompts(args, teacher, tokenizer, template, batch)
+        teacher_prompts = write_teacher_prompts(args, teacher, tokenizer, batch)
 
         # 2. responses, from the student (on-policy) or the teacher (off-policy), without gradient
         on_policy = args.policy == "on"
@@ -100,7 +100,7 @@ def train(args, student, teacher, tokenizer, template, pools, optimizer, start):
             round_masters(student)
             if args.teacher == "ema":
                 update_ema(teacher, student, args.ema_decay)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
 
         # 5. tell: a line of numbers, and the first and the last response token by token
         row = {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr, "skipped": skipped,
@@ -189,10 +189,10 @@ def write_prompts(args, tokenizer, batch, template="{query}"):
                         args.system) for query, lang in batch]
 
 
-def write_teacher_prompts(args, teacher, tokenizer, template, batch):
+def write_teacher_prompts(args, teacher, tokenizer, batch):
     """What the teacher sees: the query, its English and the instruction, as the template has it;
     with --cot-tokens also a judgement that it writes for itself, greedily and on one line."""
-    prompts = write_prompts(args, tokenizer, batch, template)
+    prompts = write_prompts(args, tokenizer, batch, args.template)
     if not args.cot_tokens:
         return prompts
     lead, gap = tokenizer([JUDGEMENT, "\n\n"], add_special_tokens=False).input_ids
@@ -313,7 +313,7 @@ def checkpoint_layer(forward, *args, **kwargs):
 
 def make_optimizer(args, student):
     """AdamW over what is trained."""
-    return torch.optim.AdamW(list_masters(student), args.lr, betas=(0.9, 0.99), weight_decay=0.0,
+    return torch.optim.AdamW(list_masters(student), args.lr, betas=(0.9, 0.99), weight_decay=0,
                              fused=True)
 
 
@@ -337,14 +337,14 @@ def read_data(args, langs):
     return judged, training
 
 
-def make_pools(args, model, tokenizer, template, langs, queries):
+def make_pools(args, model, tokenizer, langs, queries):
     """{"benign", "other": (query, language) pairs} of which both prompts leave room for a response
     in the model's context; the others are counted. Raises UserError if none is left."""
     # 16: what stands around the judgement of --cot-tokens
     room = find_context(model) - args.max_new_tokens - args.cot_tokens - 16
     pools = {"benign": [], "other": []}
     pairs = list(itertools.product(queries, langs))
-    prompts = [write_prompts(args, tokenizer, pairs, wrap) for wrap in ("{query}", template)]
+    prompts = [write_prompts(args, tokenizer, pairs, wrap) for wrap in ("{query}", args.template)]
     for pair, *both in zip(pairs, *prompts):
         if max(map(len, both)) <= room:  # a question with an answer is to be answered, as benign
             pools["benign" if pair[0].label in ("benign", "qa") else "other"].append(pair)
@@ -354,11 +354,11 @@ def make_pools(args, model, tokenizer, template, langs, queries):
     if not kept:
         raise UserError("no query is left to train on: lower --holdout or --max-new-tokens, or "
                         "give more --data")
-    args.queries = zlib.crc32(str((template, pools)).encode())
+    args.queries = zlib.crc32(str(pools).encode())
     return pools
 
 
-def preflight(args, student, teacher, tokenizer, template, pools):
+def preflight(args, student, teacher, tokenizer, pools):
     """Print of --preflight training queries of each language and label how many the student
     refuses, how many the teacher, and how many flip from the one to the other: what there is to
     learn."""
@@ -381,7 +381,7 @@ def preflight(args, student, teacher, tokenizer, template, pools):
                     for text, (query, _) in zip(answers, batch)]
 
         before = ask(student, write_prompts(args, tokenizer, batch))
-        after = ask(teacher, write_teacher_prompts(args, teacher, tokenizer, template, batch))
+        after = ask(teacher, write_teacher_prompts(args, teacher, tokenizer, batch))
         flips = sum(t and not s for s, t in zip(before, after))
         print(f"preflight {lang}: of {len(batch)} {label} queries the student refuses "
               f"{sum(before)}, the teacher {sum(after)}; {flips} flip", flush=True)
@@ -433,8 +433,8 @@ def load_checkpoint(args, student, teacher, optimizer):
     with told_in_a_line(f"--resume {args.out}"):
         state = torch.load(Path(args.out, "checkpoint.pt"), "cpu", weights_only=True)
         if state["queries"] != args.queries:
-            raise UserError(f"--resume {args.out}: the queries to train on, or the teacher's "
-                            "prompt, are no longer its own (is --eval-data another?)")
+            raise UserError(f"--resume {args.out}: the queries to train on are no longer its own "
+                            "(is --eval-data another?)")
         weights = list_masters(student) + list_masters(teacher)
         for weight, saved in zip(weights, state["weights"], strict=True):
             weight.copy_(saved)
@@ -523,21 +523,19 @@ def main(args):
     langs = split_langs(args.lang)
     args.data = args.data or [str(HERE / "data/queries.csv")]
     args.out = args.out or f"out/{'-'.join(langs)}"
+    args.template = read_template(args.teacher_prompt)
     check_out(args)
-    template = read_template(args.teacher_prompt)
     heldout, queries = read_data(args, langs)
     device, dtype = find_device(args.device, args.dtype)
     join_processes(args, device)
     student, teacher, tokenizer = load_models(args, device, dtype)
-    pools = make_pools(args, student, tokenizer, template, langs, queries)
+    pools = make_pools(args, student, tokenizer, langs, queries)
     optimizer = make_optimizer(args, student)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
     if RANK == 0:
         start_out(args)
-    trained = sum(map(torch.numel, list_masters(student)))
-    print(f"msd: {args.model} on {student.device} in {student.dtype}, {trained:,} weights trained "
-          f"on {len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries",
-          flush=True)
+    print(f"msd: {args.model} on {student.device} in {student.dtype}, {len(pools['other'])} harmful "
+          f"or mixed and {len(pools['benign'])} benign queries to train on", flush=True)
     base = []  # the first table
 
     def show_table():
@@ -551,9 +549,9 @@ def main(args):
 
     if args.eval_every and not args.resume:
         if args.preflight:
-            preflight(args, student, teacher, tokenizer, template, pools)
+            preflight(args, student, teacher, tokenizer, pools)
         show_table()
-    for step in train(args, student, teacher, tokenizer, template, pools, optimizer, step):
+    for step in train(args, student, teacher, tokenizer, pools, optimizer, step):
         is_last = step == args.steps
         if RANK == 0 and args.save_every and (is_last or step % args.save_every == 0):
             save_checkpoint(args, step, student, teacher, optimizer)

@@ -231,25 +231,26 @@ def bench_step(args):
 
 
 def prepare_step():
-    """(msd.py's flags, the same queries for both sides, the teacher's template)."""
+    """(msd.py's flags, the same queries for both sides)."""
     args = msd.build_parser().parse_args([
         "--lang", JOB["lang"], "--model", JOB["model"], "--device", "cpu", "--lr", "1e-6",
         "--max-new-tokens", str(JOB["tokens"]), *shlex.split(JOB["flags"])])
     queries = load_queries(JOB["data"], [args.source_lang, args.lang])[:8]
-    return args, queries, read_template(args.teacher_prompt)
+    args.template = read_template(args.teacher_prompt)
+    return args, queries
 
 
 def run_step():
     """The box of msd.train, on the same rows every step and without stop ids: both sides write
     equally many tokens."""
-    args, queries, template = prepare_step()
+    args, queries = prepare_step()
     student, teacher, tokenizer = msd.load_models(args, torch.device("cpu"), torch.float32)
     optimizer = msd.make_optimizer(args, student)
     batch = [(query, args.lang) for query in queries]
     began = lap()
     while True:
         student_prompts = msd.write_prompts(args, tokenizer, batch)
-        teacher_prompts = msd.write_teacher_prompts(args, teacher, tokenizer, template, batch)
+        teacher_prompts = msd.write_teacher_prompts(args, teacher, tokenizer, batch)
         responses = sample(student, student_prompts, max_new_tokens=args.max_new_tokens,
                            stop_ids=[], vocab_size=len(tokenizer))
         sampled = read_clock()
@@ -270,10 +271,10 @@ def run_trl():
     from transformers import TrainerCallback
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
-    args, queries, template = prepare_step()
+    args, queries = prepare_step()
     rows = []
     for query in queries:
-        context = fill_template(template, query, args.lang, args.source_lang)
+        context = fill_template(args.template, query, args.lang, args.source_lang)
         turn = {"role": "user", "content": query.text[args.lang]}
         rows.append({"prompt": [turn], "privileged_context": context})
 
@@ -303,7 +304,7 @@ def run_trl():
     theirs = [trainer._tokenize_prompts([row["prompt"] for row in rows]),
               trainer._tokenize_prompts(seen)]
     assert theirs == [msd.write_prompts(args, tokenizer, batch),
-                      msd.write_teacher_prompts(args, None, tokenizer, template, batch)]
+                      msd.write_teacher_prompts(args, None, tokenizer, batch)]
     trainer.train()
 
 
@@ -471,18 +472,18 @@ def plan_phases(args, model, tokenizer, on_gpu):
 def plan_prompts(args, model, tokenizer):
     """{"student", "teacher": the prompts of each of the first steps, lists of ids}."""
     args.cot_tokens, cot_tokens = 0, args.cot_tokens  # nothing can be written without weights
-    template = read_template(args.teacher_prompt)
+    args.template = read_template(args.teacher_prompt)
     langs = msd.evaluation.split_langs(args.lang)
     queries = []
     for path in args.data:
         queries += load_queries(path, [args.source_lang, *langs], args.label)
-    pools = msd.make_pools(args, model, tokenizer, template, langs, queries)
+    pools = msd.make_pools(args, model, tokenizer, langs, queries)
     prompts = {"student": [], "teacher": []}
     for step in range(8):
         batch = msd.pick_batch(args, pools, step)
         prompts["student"].append(msd.write_prompts(args, tokenizer, batch))
         prompts["teacher"].append(
-            msd.write_teacher_prompts(args, None, tokenizer, template, batch))
+            msd.write_teacher_prompts(args, None, tokenizer, batch))
     args.cot_tokens = cot_tokens
     return prompts
 

@@ -330,9 +330,9 @@ def check_masters():
     for dtype in (torch.float32, torch.bfloat16):
         args = make_args("--device", DEVICE, "--lr", 1e-6, "--warmup", 0, "--batch-size", 8)
         student, teacher, _ = msd.load_models(args, DEVICE, dtype)
-        template = sampler.read_template("cot")
+        args.template = sampler.read_template("cot")
         prompts = msd.write_prompts(args, TOKENIZER, batch)
-        context = msd.write_teacher_prompts(args, teacher, TOKENIZER, template, batch)
+        context = msd.write_teacher_prompts(args, teacher, TOKENIZER, batch)
         responses = responses or sample(student, prompts, max_new_tokens=16, stop_ids=[])
         before = [p.detach().clone() for p in msd.list_masters(student)]
         optimizer = msd.make_optimizer(args, student)

@@ -129,7 +129,7 @@ def test_a_run_leaves_an_ordinary_model_folder_with_a_card(train, folder):
     assert not are_equal(read_weights(out), read_weights(folder))
     assert not [*out.glob("*.tmp"), *out.glob("*.bin")]
     kept = json.loads((out / "args.json").read_text())
-    assert kept.keys() == {action.dest for action in list_flags()} | {"queries"}
+    assert kept.keys() == {action.dest for action in list_flags()} | {"queries", "template"}
     card = (out / "README.md").read_text()
     for word in (str(folder), "q.csv", "jv", "not promise"):
         assert word in card
@@ -663,7 +663,7 @@ def test_resume_refuses_queries_or_a_prompt_that_changed(train, fail, tmp_path):
     for file, text in ((prompt, "{query_en}"), (tmp_path / "q.csv", "label,en,jv\nharmful,a,b\n")):
         before = file.read_text()
         file.write_text(text)
-        assert "no longer its own" in fail("o", "--teacher-prompt", prompt, "--resume", steps=3)
+        assert "--resume" in fail("o", "--teacher-prompt", prompt, "--resume", steps=3)
         file.write_text(before)
     train("o", "--teacher-prompt", prompt, "--resume", steps=3)
 

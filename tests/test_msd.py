@@ -301,9 +301,9 @@ def tokenizer():
 def show(tokenizer, *argv, query=QUERY):
     """The texts of (the student's prompt, the teacher's)."""
     args = parse(*argv)
-    template = read_template(args.teacher_prompt)
+    args.template = read_template(args.teacher_prompt)
     [student] = msd.write_prompts(args, tokenizer, [(query, "jv")])
-    [teacher] = msd.write_teacher_prompts(args, None, tokenizer, template, [(query, "jv")])
+    [teacher] = msd.write_teacher_prompts(args, None, tokenizer, [(query, "jv")])
     return tokenizer.decode(student), tokenizer.decode(teacher)
 
 
@@ -358,9 +358,12 @@ def test_a_judgement_is_the_teachers_own_greedy_and_on_one_line(tokenizer, monke
         return tokenizer(said).input_ids
     monkeypatch.setattr(msd, "sample", write)
     teacher = build_model("Llama")
-    given = [teacher, tokenizer, read_template("cot"), [(QUERY, "jv")] * 4]
-    plain = msd.write_teacher_prompts(parse(), *given)
-    prompts = msd.write_teacher_prompts(parse("--cot-tokens", 9), *given)
+    given = [teacher, tokenizer, [(QUERY, "jv")] * 4]
+    args = parse("--cot-tokens", 9)
+    args.template = read_template("cot")
+    prompts = msd.write_teacher_prompts(args, *given)
+    args.cot_tokens = 0
+    plain = msd.write_teacher_prompts(args, *given)
     [(model, before, options)] = asked
     assert model is teacher and (options["max_new_tokens"], options["temperature"]) == (9, 0)
     assert tokenizer.eos_token_id in options["stop_ids"]

@@ -77,9 +77,9 @@ def test_the_trl_block_has_the_prompts_the_loss_and_the_gradient_of_msd(trained,
         queries[query.text["jv"], query.text["en"]] = query
     pairs = [(queries[row["prompt"][0]["content"], row["privileged_context"]], "jv")
              for row in rows]
-    template = msd.read_template(args.teacher_prompt)
+    args.template = msd.read_template(args.teacher_prompt)
     student_prompts = msd.write_prompts(args, tokenizer, pairs)
-    teacher_prompts = msd.write_teacher_prompts(args, teacher, tokenizer, template, pairs)
+    teacher_prompts = msd.write_teacher_prompts(args, teacher, tokenizer, pairs)
     responses = take(batch["completion_ids"], batch["completion_mask"])
     seen = take(batch["teacher_input_ids"], batch["teacher_attention_mask"])
     assert take(batch["prompt_ids"], batch["prompt_mask"]) == student_prompts
