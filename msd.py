@@ -393,6 +393,8 @@ def check_out(args):
     """Refuse to write over what is there, or to resume with other flags. Raises UserError."""
     out = Path(args.out)
     if not args.resume:
+        if Path(args.model).resolve() == out.resolve():
+            raise UserError(f"--out {out} holds the model that is to be trained: name another")
         if any(out.glob("*")) and not (args.overwrite and (out / "args.json").is_file()):
             raise UserError(f"--out {out} is in use: --resume goes on with the run that it holds, "
                             "--overwrite replaces it")
@@ -450,7 +452,8 @@ def save_model(args, student, tokenizer):
     """Leave an ordinary Hugging Face (or PEFT adapter) folder with a model card."""
     student.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    write(Path(args.out, "README.md"), CARD.format_map(vars(args)))
+    files = ", ".join(Path(path).name for path in args.data)
+    write(Path(args.out, "README.md"), CARD.format(**{**vars(args), "data": files}))
 
 
 CARD = """---
@@ -521,6 +524,8 @@ def take_peak(device):
 def main(args):
     """Read the data, load the models, preflight, train, evaluate, save."""
     langs = split_langs(args.lang)
+    if args.eval_lang is None:
+        args.eval_lang = "" if args.data or args.eval_data else "sw"
     args.data = args.data or [str(HERE / "data/queries.csv")]
     args.out = args.out or f"out/{'-'.join(langs)}"
     args.template = read_template(args.teacher_prompt)
@@ -534,8 +539,9 @@ def main(args):
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
     if RANK == 0:
         start_out(args)
-    print(f"msd: {args.model} on {student.device} in {student.dtype}, {len(pools['other'])} harmful "
-          f"or mixed and {len(pools['benign'])} benign queries to train on", flush=True)
+    print(f"msd: {args.model} on {student.device} in {student.dtype}; to train on are "
+          f"{len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries",
+          flush=True)
     base = []  # the first table
 
     def show_table():
@@ -614,7 +620,7 @@ def build_parser():
         ("--save-every", natural, 50, "steps between checkpoints; 0: none"),
         ("--eval-every", natural, 1000, "steps between evaluations, beside those before and "
          "after; 0: none at all, and no preflight"),
-        ("--eval-lang", str, "", "further languages to judge"),
+        ("--eval-lang", str, None, "further languages to judge (sw, where the data is our own)"),
         ("--eval-limit", positive, None, "the first N of each data, language and label"),
         ("--eval-max-new-tokens", positive, 32, "of an answer that is judged"),
         ("--preflight", natural, 16, "training queries of each language and label to try first"))
