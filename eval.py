@@ -346,11 +346,11 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
             errors[path, lang] = e
             continue
         texts = tuple(query.text[lang] for query in queries)
-        if known.setdefault((path, texts), lang).upper() not in queries[0].extra:
+        if known.setdefault((path, texts), lang) != lang:
             raise UserError(f"{path} names no language: say whose it is, as {lang}={path}")
         # the first of its texts is English, if any is; the last is in `lang`
         is_split = 0 < holdout < 1 and lang not in ("en", source_lang)
-        if is_split and all(query.texts[0] == query.texts[-1] for query in queries):
+        if is_split and all(len(query.texts) == 1 for query in queries):
             tell(f"warning: {path}: {lang} has no English, and is held out by its own text: what "
                  "was trained on beside its English may be judged here")
         queries = split(queries, holdout)[1]

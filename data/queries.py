@@ -31,8 +31,8 @@ LINES = "\x1f"             # the delimiter of a file without one
 # names of columns, with one blank around them or none; but "Yes, please" is a query
 HEADER = r'(?!\w+, ) ?[\w"-]* ?(?:([\t,;|]) ?[\w"-]* ?)+'
 LABEL_COLUMNS = ("label", "expected_behavior")
-LANGUAGE_COLUMNS = ("language", "lang", "language_code", "lang_code", "prompt_language", "locale")
-ROW_NUMBERS = ("prompt_id", "no", "id")  # unless they hold Indonesian, Norwegian
+ROW_IDS = ("id", "prompt_id")  # unless they hold Indonesian
+TRANSLATED = ".*translated.*|translation"
 LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>qa)"
 JSON = r'\s*[{[]\s*["{[]'  # how it begins
 QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
@@ -40,7 +40,7 @@ CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
 ROW_ID = r"\S*|\S+\s\S*\d\S*"  # as 17, q17 or row 17; a text has several words
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 # columns that hold no texts; pandas calls an index unnamed
-NO_TEXT = "|".join([*LANGUAGE_COLUMNS, *LABEL_COLUMNS, "answer|choices|options|.*id|unnamed.*"])
+NO_TEXT = "language|lang|label|expected_behavior|answer|choices|options|.*id|unnamed.*"
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
     LANGUAGES = json.load(f)
@@ -55,11 +55,11 @@ class UserError(ValueError):
 class Query:
     id: str             # the file's own, else the row's number, from 1
     label: str          # harmful | benign | qa | mixed
-    text: dict          # language -> query
-    extra: dict         # every column of the row, its name in lower case, but a language's as EN
-    texts: list         # as split() compares them: the English first, asked for or not
+    text: dict          # language -> query, English among them where the data has it
+    extra: dict         # every column of the row, its name in lower case
+    texts: list         # as split() compares them: the English first
     answer: str = None  # of qa rows; a letter where there are choices
-    choices: list = field(default_factory=list)
+    choices: list = ()
 
 
 def load_queries(path, langs, label=None):
@@ -74,16 +74,13 @@ def load_queries(path, langs, label=None):
     if not langs or label not in (None, "harmful", "benign", "mixed", "qa"):
         raise fail(path, f"give a language or more, not {langs}, and a label that is harmful, "
                          f"benign, mixed or qa, not {label!r}")
-    rows = read_parallel(path, [lang.lower() for lang in langs])
-    columns = find_columns(rows)
-    english = [name for name in columns if name in ALIASES]
-    if english and "EN" not in columns:
-        rename(path, rows, english, "en")
-        columns = find_columns(rows)
-    for lang in langs:
-        if lang.upper() not in columns:
-            raise fail(path, f"no column for language {lang}: found {', '.join(columns)[:150]}; "
-                             f"call it {lang}, or give a file that is all {lang} as {lang}=FILE")
+    parts, key = read_parts(path, langs)
+    joined = {}  # what joins them: {language: its cell and its row}
+    for lang, part in parts.items():
+        for n, (cell, row) in enumerate(part, 1):
+            joined.setdefault(clean(row[key]) if key else n, {})[lang] = cell, row
+
+    columns = list(dict.fromkeys(chain(*(row for _, row in chain(*parts.values())))))
     label_column = next((name for name in LABEL_COLUMNS if name in columns), None)
     if not label and not label_column:
         if "answer" in columns:
@@ -94,14 +91,14 @@ def load_queries(path, langs, label=None):
 
     queries = []
     skipped = Counter()
-    for n, row in enumerate(rows, 1):
+    for name, cells in joined.items():
         try:
-            queries.append(read_query(row, n, langs, label, label_column))
+            queries.append(read_query(str(name), cells, langs, label, label_column))
         except (RecursionError, TypeError, ValueError) as reason:
             skipped[str(reason)[:80]] += 1
     settle_answers(path, [query for query in queries if query.choices])
 
-    counts = f"{len(rows)} rows read, {len(queries)} used, {skipped.total()} skipped"
+    counts = f"{len(joined)} rows read, {len(queries)} used, {skipped.total()} skipped"
     if skipped:
         counts += f" ({', '.join(f'{n} {reason}' for reason, n in skipped.most_common())})"
     if not queries:
@@ -227,37 +224,72 @@ def parse_table(text, ending):
     return [{**row, "label": "qa"} for row in rows] if is_qa else rows
 
 
-# --- rows of any shape -> wide rows
+# --- rows of any shape -> the texts of each language
 
-def read_parallel(path, langs):
-    """A file, or a file per language -> wide rows."""
+def read_parts(path, langs):
+    """({language: [(its cell, its row), …]} of a file, or of a file per language; the column that
+    joins them, None by position). English is among them where there is any."""
     first, *named = re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
-    if first:
-        return read_file(path, langs)
     files = dict(zip(map(str.lower, named[::2]), named[1::2]))
-    if not set(langs) <= set(files) or 2 * len(files) < len(named):
+    if 2 * len(files) < len(named) or not first and not set(langs) <= set(files):
         raise fail(path, f"name one file for each of {', '.join(langs)}, and none twice")
+    parts = {}
+    for lang in dict.fromkeys(["en", *langs]):
+        if file := files.get(lang, first):
+            part = take_texts(file, lang, langs, is_own=not first)
+            parts.update({lang: part} if part else {})
 
-    parts = {lang: read_file(file, [lang], is_named=True) for lang, file in files.items()}
     keys = find_keys(parts)
-    if len(keys) > 1:  # by the one called id, or by none
-        keys = [key for key in keys if key == "id"]
-    ids = [tuple(clean(row.get("id")) for row in part) for part in parts.values()]
+    if first and find_language(parts[langs[0]][0][1]):
+        if len(keys) == 1:
+            return parts, keys[0]
+        if len(langs) == 1:
+            return {lang: parts[lang] for lang in langs}, None
+        raise fail(path, "its rows are joined on the one column ending in id that is unique in "
+                         f"each language and the same in all: that is true of {keys}")
+    key = "id" if "id" in keys else None
+    ids = [tuple(clean(row.get("id")) for _, row in part) for part in parts.values()]
     counts = [len(cells) for cells in ids]
     known = {cells for cells in ids if any(cells)}
-    if not keys and (len(known) > 1 or len(set(counts)) > 1):
+    if not key and (len(set(counts)) > 1 or len(known) > 1):
         raise fail(path, f"unmatched ids, or numbers of rows ({counts}): give each row an id that "
                          "is once in every file")
-    if len(parts) > 1:
-        how = f"on {keys[0]}" if keys else "by position: no one unique id is in all"
-        tell(path, f"joined {how}")
-    return join(parts, keys, langs[-1])
+    if len(files) > 1:
+        tell(path, f"joined {'on id' if key else 'by position: no unique id is in all'}")
+    return parts, key
 
 
-def read_file(path, langs, is_named=False):
-    """A file -> wide rows, where EN is the column of English.
+def take_texts(path, lang, langs, is_own):
+    """[(cell, row), …] of the one column of a file that holds lang's texts, of the rows in it where
+    a column names them. is_own: all of the file is in it. None is an error for one of `langs`, as
+    several are."""
+    rows = read_file(path, lang)
+    is_own = is_own or BARE in rows[0] and list(langs) == [lang]
+    if language := find_language(rows[0]):
+        is_own = True
+        n = len(rows)
+        rows = [row for row in rows if read_code(clean(row.get(language))) == lang]
+        tell(path, f"{len(rows)} of {n} rows are in {lang}, by {language}")
 
-    is_named: the file was named for its language, langs[0].
+    columns = list(dict.fromkeys(chain(*rows)))
+    found = [name for name in columns if read_code(name) == lang and name not in ROW_IDS]
+    if not found and (is_own or lang == "en"):
+        found = [name for name in columns
+                 if name in ALIASES or is_own and re.fullmatch(TRANSLATED, name)]
+    if not found and is_own:
+        found = [name for name in columns
+                 if not re.fullmatch(NO_TEXT, name) and read_code(name) not in CODES.values()]
+    if len(found) > 1 and is_own and lang != "en":
+        found = [name for name in found if "translated" in name] or found
+    if len(found) > 1 or lang in langs and not found:
+        raise fail(path, f"{len(found) or 'no'} columns may be {lang}, of "
+                         f"{', '.join(found or columns)[:150]}: call one {lang}, and no other, or "
+                         f"give a file that is all {lang} as {lang}=FILE")
+    return [(row.get(found[0]), row) for row in rows] if found else []
+
+
+def read_file(path, lang):
+    """A file -> rows. A column id or prompt_id of texts, of Indonesian, gets its name in capitals.
     """
     try:
         file = os.path.expanduser(path)
@@ -265,54 +297,20 @@ def read_file(path, langs, is_named=False):
     except (OSError, RecursionError, ValueError) as e:
         problem = getattr(e, "strerror", None) or e
         raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
-    if find_columns(rows) == [BARE]:
-        rows = read_header(path, rows, langs)
-
-    columns = find_columns(rows)
-    numbers = [name for name in ROW_NUMBERS
-               if all(re.fullmatch(ROW_ID, clean(row.get(name))) for row in rows)]
-    if is_named and columns != ["id"]:
-        numbers.append("id")
-    for lang in sorted({*CODES.values(), *langs}):
-        own = [name for name in columns if read_code(name) == lang and name not in numbers]
-        if len(own) > 1:
-            own = [name for name in own if name not in ROW_NUMBERS]
-        if len(own) == 1 or own and lang in [*langs, "en"]:
-            rename(path, rows, own, lang)
-
-    columns = find_columns(rows)
-    language = find_language(rows, columns, langs)
-    if language and not {lang.upper() for lang in langs} <= set(columns):
-        return widen(path, rows, columns, langs, language)
-    if is_named or len(langs) == 1 and BARE in columns:
-        rename(path, rows, find_texts(columns, langs[0]), langs[0])
+    if BARE in rows[0]:
+        rows = read_header(path, rows, lang)
+    for name in ROW_IDS:
+        if not all(re.fullmatch(ROW_ID, clean(row.get(name))) for row in rows):
+            for row in rows:
+                row[name.upper()] = row.pop(name, None)
     return rows
 
 
-def find_language(rows, columns, langs):
-    """The column that names a row's language, or None. By another name than language or lang it
-    counts only where rows differ in it, or it holds what is asked for."""
-    for name in [name for name in LANGUAGE_COLUMNS if name in columns]:
-        codes = {read_code(clean(row.get(name))) for row in rows}
-        if name in LANGUAGE_COLUMNS[:2] or len(codes) > 1 or set(langs) <= codes:
-            return name
-
-
-def rename(path, rows, columns, lang):
-    """The one column of columns gets its language's name: the code in capitals."""
-    if len(columns) != 1:
-        how_many = "several columns" if columns else "no column"
-        names = ", ".join(columns or find_columns(rows))[:150]
-        raise fail(path, f"{how_many} may be {lang}: {names}; call one {lang}, and no other")
-    for row in rows:
-        row[lang.upper()] = row.pop(columns[0], None)
-
-
-def read_header(path, rows, langs):
+def read_header(path, rows, lang):
     """Rows of one column: its first cell is its name, or it has none."""
     cells = [clean(row.get(BARE)) for row in rows]
     first = next(filter(None, cells), "")
-    is_name = read_code(first) in {*ALIASES, *CODES.values(), *langs}
+    is_name = read_code(first) in {*ALIASES, *CODES.values(), lang}
     taken = "the column's name" if is_name else "a query"
     tell(path, f"its first line, {first[:60]!r}, is taken for {taken}")
     if not is_name:
@@ -320,71 +318,22 @@ def read_header(path, rows, langs):
     return [{first.lower(): row.get(BARE)} for row in rows[cells.index(first) + 1:]]
 
 
-def widen(path, rows, columns, langs, language):
-    """A row per language -> a row for all, joined on the one id that they share."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(read_code(clean(row.get(language))), []).append(row)
-    counts = str({lang: len(group) for lang, group in groups.items()})[:150]
-    tell(path, f"rows by {language}: {counts}")
-    if not set(langs) <= set(groups):
-        raise fail(path, f"not all of {langs} are in its column {language}, which holds {counts}")
-
-    groups = {lang: group for lang, group in groups.items() if lang in (*langs, "en")}
-    for lang, group in groups.items():  # English as well: split() goes by it
-        rename(path, group, find_texts(columns, lang, "translated"), lang)
-    keys = find_keys(groups)
-    if len(keys) == 1:
-        return join(groups, keys, langs[-1])
-    if len(langs) > 1:
-        raise fail(path, "its rows are joined on the one column ending in id that is unique in "
-                         f"each language and the same in all: that is true of {keys}")
-    return groups[langs[0]]
-
-
 def find_keys(parts):
     """The columns ending in id that have the same values in every part, and no value twice."""
-    first, *_ = parts.values()
     keys = []
-    for column in [name for name in find_columns(first) if name.endswith("id")]:
-        values = [sorted(clean(row.get(column)) for row in part) for part in parts.values()]
+    for column in [name for name in next(iter(parts.values()))[0][1] if name.endswith("id")]:
+        values = [sorted(clean(row.get(column)) for _, row in part) for part in parts.values()]
         distinct = sorted({*values[0]} - {""})
         if all(cells == distinct for cells in values):
             keys.append(column)
     return keys
 
 
-def join(parts, keys, lang):
-    """Rows of {language: rows}, joined on keys[0] or else by position, in the order of the first.
-    A text is its own part's, another cell what lang's row says, or the first that says anything;
-    labels that differ are none."""
-    groups = {}
-    for name, part in parts.items():
-        for n, row in enumerate(part, 1):
-            key = clean(row[keys[0]]) if keys else n
-            groups.setdefault(key, {})[name] = row
-
-    joined = []
-    for key, rows in groups.items():
-        row = {code.upper(): said.get(code.upper()) for code, said in rows.items()}
-        for said in [rows[lang], *rows.values()]:
-            for name, cell in said.items():
-                if not clean(row.get(name)):
-                    row[name] = cell
-        for column in LABEL_COLUMNS:
-            labels = [clean(said.get(column)) for said in rows.values()]
-            if len({find_label(label) for label in labels if label}) > 1:
-                row[column] = f"differs: {', '.join(labels)}"
-        row.setdefault("id", key)
-        joined.append(row)
-    return joined
-
-
 # --- columns
 
-def find_columns(rows):
-    """The columns of rows, in order."""
-    return list(dict.fromkeys(chain(*rows)))
+def find_language(row):
+    """The column that names a row's language, or None."""
+    return next((name for name in ("language", "lang") if name in row), None)
 
 
 def read_code(name):
@@ -393,42 +342,35 @@ def read_code(name):
     return CODES.get(name, name)
 
 
-def find_texts(columns, lang, hint="translat"):
-    """The columns that may hold the texts of a file or of rows whose language is known."""
-    if lang.upper() in columns:
-        return [lang.upper()]
-    translated = [name for name in columns if "translated" in name]
-    if len(translated) == 1 and lang != "en":
-        return translated
-    found = [name for name in columns if name in ALIASES or hint in name]
-    return found or [name for name in columns if not re.fullmatch(NO_TEXT, name)
-                     and not name.isupper()]
-
-
 def clean(value):
     """A cell as text, "" for None."""
     return "" if value is None else str(value).strip()
 
 
-# --- wide rows -> queries
+# --- cells -> queries
 
-def read_query(row, n, langs, label, label_column):
-    """A row -> Query, of its own label where there is a column. ValueError with the reason if there
-    is none in it."""
+def read_query(name, cells, langs, label, label_column):
+    """{language: (its cell, its row)} -> Query, of its own label where there is a column.
+    ValueError with the reason if there is none in it."""
+    text = {lang: read_cell(cell) for lang, (cell, _) in cells.items()}
+    rows = [row for _, row in cells.values()]
     if label_column:
-        label = find_label(clean(row.get(label_column)))
-    if not label:
-        raise ValueError(f"{label_column} {row.get(label_column)!r}")
-    cells = {lang: read_cell(row.get(lang.upper())) for lang in ["en", *langs]}
-    missing = [lang for lang in langs if not cells[lang]]
-    if missing:
+        labels = [clean(row.get(label_column)) for row in rows]
+        found = {find_label(said) for said in labels if said}
+        if len(found) != 1 or None in found:
+            raise ValueError(f"{label_column} {', '.join(dict.fromkeys(labels))!r}")
+        [label] = found
+    if missing := [lang for lang in langs if not text[lang]]:
         raise ValueError(f"without a text in {' and '.join(missing)}")
-    text = {lang: cells[lang] for lang in langs}
-    texts = [normalise(cell) for cell in cells.values() if cell]
-    query = Query(clean(row.get("id")) or str(n), label, text, row, texts)
+
+    extra = {}
+    for row in [*rows, cells[langs[-1]][1]]:  # a cell that is blank gives way
+        extra.update((column, cell) for column, cell in row.items() if clean(cell))
+    texts = [normalise(each) for each in text.values() if each]
+    query = Query(clean(extra.get("id")) or name, label, text, extra, texts)
     if label == "qa":
-        query.answer = read_scalar(row.get("answer"))
-        query.choices = read_choices(row)
+        query.answer = read_scalar(extra.get("answer"))
+        query.choices = read_choices(extra)
         if not query.answer:
             raise ValueError("qa without an answer")
         if not query.choices and re.fullmatch("[A-J]", query.answer):

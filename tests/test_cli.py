@@ -393,7 +393,7 @@ def test_eval_data_need_not_have_every_language(train, tables, tmp_path, capsys)
     train("o", *JUDGED, "--eval-data", extra)
     rows, _ = tables[0]
     assert [row["lang"] for row in rows] == ["en"]
-    assert "no column for language jv" in capsys.readouterr().err
+    assert "no columns may be jv" in capsys.readouterr().err
 
 
 def test_a_resumed_run_does_not_judge_by_what_it_was_trained_on(train, fail, tmp_path):

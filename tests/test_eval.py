@@ -583,18 +583,6 @@ def test_a_language_that_a_file_lacks_is_noted_and_a_file_without_any_is_an_erro
         read_heldout(paths, ["jv"])
 
 
-def test_a_file_that_names_no_language_is_of_one_language(tmp_path):
-    path = tmp_path / "q.txt"
-    path.write_text("How do I bake?\nHow do I cook?\n")
-    assert len(read_heldout([str(path)], ["sw"], holdout=1)) == 1
-    with pytest.raises(UserError, match=f"names no language.* sw={path}"):
-        read_heldout([str(path)], ["en", "sw"], holdout=1)
-    for name, text in (("w.csv", "en,sw\n3 + 4 =,3 + 4 =\n"), ("e.txt", "3 + 4 =\n")):
-        (tmp_path / name).write_text(text)
-    named = f"en={tmp_path}/e.txt,sw={tmp_path}/e.txt"
-    assert len(read_heldout([str(tmp_path / "w.csv"), named], ["en", "sw"], holdout=1)) == 4
-
-
 def test_what_is_held_out_by_its_own_text_is_warned_of(folders, tmp_path, capsys):
     (tmp_path / "jv.csv").write_text("label,jv\nharmful,Piye?\nharmful,Apa?\n")
     path = str(tmp_path / "jv.csv")

@@ -160,7 +160,6 @@ def test_text_that_only_begins_like_a_list_stays_text(write):
     ("id,en,prompt_id\n7,hi,Apa kabar\n", ["en", "id"], "7", "Apa kabar"),
     ("id,Indonesian\n7,Hai\n", ["id"], "7", "Hai"),
     ("id,en\nrow 1,hi\n", ["en"], "row 1", "hi"),
-    ("id,en,indonesian\nother things,a b,c d\n", ["en", "id"], "other things", "c d"),
 ])
 def test_the_column_id_is_row_ids_or_indonesian(write, content, langs, row_id, text):
     [query] = load_queries(write("a.csv", content), langs)
@@ -168,10 +167,10 @@ def test_the_column_id_is_row_ids_or_indonesian(write, content, langs, row_id, t
     assert query.text[langs[-1]] == text
 
 
-def test_in_a_pair_of_files_the_column_id_always_joins(write_each):
-    path = write_each(en=[{"id": "a b", "prompt": "hi"}], id="id,prompt\na b,Hai\n")
+def test_in_a_pair_of_files_the_column_id_joins(write_each):
+    path = write_each(en=[{"id": "q 1", "prompt": "hi"}], id="id,prompt\nq 1,Hai\n")
     [query] = load_queries(path, ["en", "id"])
-    assert query.id == "a b"
+    assert query.id == "q 1"
     assert query.text == {"en": "hi", "id": "Hai"}
 
 
@@ -189,9 +188,8 @@ def test_a_column_that_names_the_language_gives_rows_of_that_language_only(write
     path = write("a.csv", LONG)
     assert read(path, "ru") == ["один"]
     assert read(path, "en") == ["one", "two"]
-    held = "{'en': 2, 'sw': 2, 'ru': 1}"
-    assert f"language: {held}" in capsys.readouterr().err
-    assert held in error(path, ["en", "jv"])
+    assert "2 of 5 rows are in en, by language" in capsys.readouterr().err
+    assert "no columns may be jv" in error(path, ["en", "jv"])
 
 
 def test_long_rows_are_joined_on_the_id_that_the_languages_share(write):
@@ -214,18 +212,17 @@ def test_long_rows_need_one_shared_id_and_no_more(write):
 
 # --- a file per language
 
-@pytest.mark.parametrize("name", ["id", "prompt_id"])
-def test_a_pair_of_files_is_joined_on_the_id_that_they_share_in_any_order(write, capsys, name):
-    en = write("en.csv", f"{name},prompt,label\n1,one,safe\n2,two,unsafe\n")
-    bbc = write("b,c.jsonl", [{name: 2, "prompt_bbc": "dua", "prompt": "two"},
-                              {name: 1, "prompt_bbc": "sada", "prompt": "one", "topic": "t"}])
+def test_a_pair_of_files_is_joined_on_the_id_that_they_share_in_any_order(write, capsys):
+    en = write("en.csv", "id,prompt,label\n1,one,safe\n2,two,unsafe\n")
+    bbc = write("b,c.jsonl", [{"id": 2, "prompt_bbc": "dua", "prompt": "two"},
+                              {"id": 1, "prompt_bbc": "sada", "prompt": "one", "topic": "t"}])
     queries = load_queries(f"en={en}, bbc={bbc}", ["bbc", "en"])
     assert ids(queries) == ["1", "2"]
     assert texts(queries, "en") == ["one", "two"]
     assert texts(queries, "bbc") == ["sada", "dua"]
     assert [query.label for query in queries] == ["benign", "harmful"]
     assert queries[0].extra["topic"] == "t"
-    assert f"joined on {name}" in capsys.readouterr().err
+    assert "joined on id" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("en, jv, complaint", [
@@ -283,9 +280,9 @@ def test_where_two_columns_may_be_the_language_both_are_named(write_each, lang, 
 
 
 def test_a_file_named_for_another_language_is_not_read_for_its_english_column(write_each):
-    assert "no column may be bbc" in error(write_each(bbc="id,en\n1,hi\n"), ["bbc"])
-    assert "no column may be jv" in error(write_each(jv="sw\nHabari yako\n"), ["jv"])
-    assert "ru" in error(write_each(en="language,prompt\nru,один\n"), ["en"])
+    assert "no columns may be bbc" in error(write_each(bbc="id,en\n1,hi\n"), ["bbc"])
+    assert "no columns may be jv" in error(write_each(jv="sw\nHabari yako\n"), ["jv"])
+    assert "no columns may be en" in error(write_each(en="language,prompt\nru,один\n"), ["en"])
 
 
 def test_a_column_of_another_rows_language_gives_way_to_that_row(write_rows):
@@ -316,14 +313,14 @@ def test_a_tilde_is_the_home_folder(write, monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "a.csv", "a.tsv", "noextension"])
 def test_a_query_a_line_is_read_and_its_first_line_is_no_header(write, capsys, name):
     path = write(name, "\ufeffHow do I boil an egg?\r\n\r\nWhere is the sun?\r\n")
-    assert ids(load_queries(path, ["en"])) == ["1", "3"]
+    assert ids(load_queries(f"en={path}", ["en"])) == ["1", "3"]
     assert read(f"sw={path}", "sw") == ["How do I boil an egg?", "Where is the sun?"]
     assert "'How do I boil an egg?', is taken for a query" in capsys.readouterr().err
 
 
 def test_lines_of_text_may_hold_commas_quotes_and_semicolons(write):
     lines = ['"Why", oh why; tell me', "Stop, or not?"]
-    assert read(write("a.txt", "\n".join(lines))) == lines
+    assert read("en=" + write("a.txt", "\n".join(lines))) == lines
 
 
 @pytest.mark.parametrize("lang, first", [
@@ -340,14 +337,15 @@ def test_empty_columns_and_blank_rows_do_not_move_the_rows(write_each):
     assert texts(queries, "ru") == ["Раз", "Четыре"]
 
 
-def test_a_file_without_a_header_is_of_one_language(write):
-    assert "en=FILE" in error(write("a.txt", "A text.\n"), ["en", "sw"])
+@pytest.mark.parametrize("langs", [["en"], ["en", "sw"]])
+def test_a_file_without_a_header_must_be_named_for_its_language(write, langs):
+    assert "en=FILE" in error(write("a.txt", "A text.\n"), langs)
 
 
 def test_header_less_mgsm_is_qa_keeps_its_first_row_and_is_joined_by_position(write):
     en = write("mgsm_en.tsv", 'Janet has 3 ducks?\t18\n"Two" bolts, how many?\t-1,080\n')
     sw = write("mgsm_sw.tsv", "Janet ana bata 3?\t18\nBolti mbili?\t-1,080\n")
-    assert read(en) == ["Janet has 3 ducks?", '"Two" bolts, how many?']
+    assert read(f"en={en}") == ["Janet has 3 ducks?", '"Two" bolts, how many?']
     queries = load_queries(f"en={en},sw={sw}", ["en", "sw"])
     assert texts(queries, "sw") == ["Janet ana bata 3?", "Bolti mbili?"]
     assert [query.label for query in queries] == ["qa", "qa"]
@@ -356,7 +354,7 @@ def test_header_less_mgsm_is_qa_keeps_its_first_row_and_is_joined_by_position(wr
 
 @pytest.mark.parametrize("first_row", ["问题\t18", "Say yes.\tyes", "প্রশ্ন\t১৮"])
 def test_a_first_row_with_a_number_or_a_sentence_is_no_header(write, first_row):
-    [query] = load_queries(write("a.tsv", first_row + "\r\n"), ["xx"])
+    [query] = load_queries("xx=" + write("a.tsv", first_row + "\r\n"), ["xx"])
     assert [query.text["xx"], query.answer] == first_row.split("\t")
 
 
@@ -371,7 +369,7 @@ def test_labels_are_read_in_any_case_and_others_are_skipped_counted_and_named(
     assert labels == ["benign"] * 3 + ["harmful"] * 2
     column = column.lower()
     assert capsys.readouterr().err == (f"{path}: 8 rows read, 5 used, 3 skipped "
-                                       f"(2 {column} 'maybe', 1 {column} None)\n")
+                                       f"(2 {column} 'maybe', 1 {column} '')\n")
 
 
 def test_label_wins_over_expected_behavior_and_both_over_the_flag(write):
@@ -387,7 +385,7 @@ def test_without_a_label_column_rows_are_harmful_or_what_the_flag_says(write, fl
 
 def test_what_was_assumed_is_said_with_the_columns_that_may_be_a_label(write, capsys):
     read(write("a.csv", "en,binary\nhi,1\n"))
-    assert "in binary, EN: every row is taken as harmful" in capsys.readouterr().err
+    assert "in en, binary: every row is taken as harmful" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("en, jv, label", [
@@ -401,7 +399,7 @@ def test_labels_of_several_languages_are_compared_by_what_they_mean(
     labels = {query.id: query.label for query in queries}
     assert labels.get("1") == label
     assert labels["2"] == "benign"
-    assert (f"label 'differs: {en}, {jv}'" in capsys.readouterr().err) == (label is None)
+    assert (f"label '{en}, {jv}'" in capsys.readouterr().err) == (label is None)
 
 
 # --- questions
@@ -545,10 +543,10 @@ def test_a_file_is_opened_and_told_once_and_again_when_it_changed(write, capsys,
     ("a.csv", 'en,jv\na,"b\nc,d\n', "line 3: unexpected end"),
     ("a.csv", "en\n" + "x" * (1 << 22) + "x\n", "line 2: field larger"),
     ("a.csv", "en,label\n" + "".join(f"a,odd {n}\n" for n in range(99)), "99 skipped (1 label"),
-    ("a.csv", "sv,da\na,b\n", "language en: found da, SV; call it en"),
+    ("a.csv", "sv,da\na,b\n", "no columns may be en, of sv, da: call one en"),
     ("a.csv", ",".join(f"c{n}" for n in range(9999)) + "\n" + "," * 9998 + "x", "no column"),
     ("a.json", "", "JSON"),
-    ("a.json", "null", "1 skipped (1 without a text in en)"),
+    ("a.json", "null", "no columns may be en"),
     ("a.json", '{"Prompt": "a", "prompt": "b"}', "duplicate column"),
     ("a.json", '{"en": "a"}\n\n{"en": "b" "c"}\n', "line 3"),
     ("a.json", '[\n{"en": "a"},\n{"en" "b"}]', "line 3"),
@@ -667,12 +665,10 @@ def test_our_sums_hold_the_same_numbers_in_every_language_and_their_answers_foll
         assert int(query.answer) in answers - set(asked[0])  # an echo is no answer
 
 
-def test_ids_are_no_indonesian_and_row_numbers_no_norwegian(write):
+def test_ids_are_no_indonesian(write):
     path = write("a.csv", "prompt_id,language,prompt\n17,en,Hello?\n17,id,Halo?\n")
     [query] = load_queries(path, ["id"])
-    assert query.text == {"id": "Halo?"} and query.id == "17" and query.texts[0] == "Hello?"
-    numbered = write("c.csv", "No,en,nb\n1,Hello?,Hei?\n")
-    assert "no column for language no" in error(numbered, ["en", "no"])
+    assert query.text["id"] == "Halo?" and query.id == "17" and query.texts[0] == "Hello?"
     spoken = write("d.csv", "en,prompt_id,no\nHello?,Apa kabar?,Hei du?\n")
     assert texts(load_queries(spoken, ["en", "id", "no"]), "id") == ["Apa kabar?"]
     assert read(spoken, "no") == ["Hei du?"]
@@ -692,21 +688,3 @@ def test_where_a_column_holds_indonesian_english_beside_it_is_not_read_for_it(wr
     assert read(form.format(spoken), "id") == ["Apa ini ya", "Selamat pagi kawan"]
     long = write("b.csv", "lang,prompt,prompt_id\nid,What is,Apa ini ya\n")
     assert read(form.format(long), "id") == ["Apa ini ya"]
-
-
-@pytest.mark.parametrize("name", ["language_code", "lang_code", "locale", "prompt_language"])
-def test_a_column_of_languages_is_known_by_its_other_names(write, name):
-    path = write("a.csv", f"prompt,{name},row_id\nHello?,en,1\nHabari?,sw,1\n")
-    assert read(path) == ["Hello?"]
-    assert read(path, "sw") == ["Habari?"]
-
-
-@pytest.mark.parametrize("code", ["en-US", "eng_Latn", "English"])
-def test_a_locale_that_is_the_same_in_all_rows_says_nothing(write, code):
-    wide = write("a.csv", f"prompt,jv,locale\nHello?,Halo?,{code}\nBye?,Dah?,{code}\n")
-    assert texts(load_queries(wide, ["en", "jv"]), "jv") == ["Halo?", "Dah?"]
-    several = write("b.csv", f"prompt,locale\nHello?,{code}\nHabari?,sw-KE\n")
-    if code == "English":
-        assert read(several) == ["Hello?"]
-    else:
-        assert "locale" in error(several, ["en"])
