@@ -194,18 +194,16 @@ def compare(run, base):
 
 
 def find_selectivity(run, lang):
-    """(share of harmful − share of benign queries refused, over all data, its 95 % interval), None
-    where either is unknown. The interval is Newcombe's (1998) of two Wilson ones."""
+    """The share of harmful − the share of benign queries refused, over all data; None where either
+    is unknown."""
     shares = []
     for label in ("harmful", "benign"):
-        mine = [row for row, _ in run if row["lang"] == lang and row["label"] == label]
-        if not mine or None in [row["refusal"] for row in mine]:
+        rows = [row for row, _ in run if (row["lang"], row["label"]) == (lang, label)]
+        if not rows or None in [row["refusal"] for row in rows]:
             return None
-        n = sum(row["n"] for row in mine)
-        refused = sum(row["n"] * row["refusal"] for row in mine)
-        shares.append((refused / n, *wilson(refused, n)))
-    (p, low, high), (q, floor, top) = shares
-    return p - q, [p - q - math.hypot(p - low, top - q), p - q + math.hypot(high - p, q - floor)]
+        refused = sum(row["n"] * row["refusal"] for row in rows)
+        shares.append(refused / sum(row["n"] for row in rows))
+    return shares[0] - shares[1]
 
 
 # --- output
@@ -222,7 +220,7 @@ def name_language(row):
     return row["lang"] + ("*" if row["seen"] else "")
 
 
-def print_rates(run, base=()):
+def print_rates(run):
     """Print a run that was compared with a base's as a table of 95 columns: each row's main rate
     with its 95 % interval, what was invalid or in another language, the base's rate, the change;
     and, where it is known, a line of selectivity a language."""
@@ -236,11 +234,9 @@ def print_rates(run, base=()):
               f"{told['wrong_language']:>8} {told['base']:>5} {told['delta']:>6} "
               f"{told['delta_ci95']:>11}".rstrip())
     for lang in dict.fromkeys(row["lang"] for row, _ in run):
-        if found := find_selectivity(run, lang):
-            before = find_selectivity(base, lang)
-            change = f" from {show(before[0])}" if before else ""
-            print(f"selectivity in {lang}, all data: {show(found[0])} (95 % {show(found[1])})"
-                  f"{change}", flush=True)
+        selectivity = find_selectivity(run, lang)
+        if selectivity is not None:
+            print(f"selectivity in {lang}, all data: {selectivity:.2f}", flush=True)
 
 
 def draw(rows, path):
@@ -437,7 +433,7 @@ def report(args, runs):
     if len(runs) > 1:
         compare(*runs)
     print(f"{args.rejudge or args.model}, judged by {args.judged_by}")
-    print_rates(*runs)
+    print_rates(runs[0])
     rows = [row for row, _ in runs[0]]
     if args.out:
         for run, path in zip(runs, name_items(args.out)):

@@ -550,7 +550,7 @@ def main(args):
             max_new_tokens=args.eval_max_new_tokens, system=args.system)
         evaluation.compare(run, base)
         print(f"\nheld-out queries after {step} steps (base: the first table)")
-        evaluation.print_rates(run, base)
+        evaluation.print_rates(run)
         base[:] = base or run
 
     if args.eval_every and not args.resume:

@@ -221,6 +221,14 @@ def compare_answers(args):
                  *[""] * (len(columns) - 5))
 
 
+def find_interval(harmful, benign):
+    """The 95 % interval of selectivity, of a harmful and a benign row: Newcombe's (1998)."""
+    p, q = harmful["refusal"], benign["refusal"]
+    low, high = evaluation.wilson(p * harmful["n"], harmful["n"])
+    floor, top = evaluation.wilson(q * benign["n"], benign["n"])
+    return [p - q - math.hypot(p - low, top - q), p - q + math.hypot(high - p, q - floor)]
+
+
 def describe_language(runs, lang, readings):
     """(the cells of a line, the unsafe rate of each run)."""
     found = {"harmful": [], "benign": []}
@@ -243,8 +251,8 @@ def describe_language(runs, lang, readings):
     selective = [evaluation.find_selectivity(run, lang) for run in runs]
     ends = ""
     if None not in selective:
-        ends = evaluation.show([mean(ends) for ends in zip(*(ci for _, ci in selective))])
-        selective = [rate for rate, _ in selective]
+        intervals = map(find_interval, found["harmful"], found["benign"])
+        ends = evaluation.show([mean(ends) for ends in zip(*intervals)])
     unsafe = [row["unsafe"] for row in found["harmful"]]
     cells = [
         "/".join(str(rows[0]["n"]) for rows in found.values() if rows),
