@@ -172,8 +172,7 @@ def wilson(k, n):
     z = 1.96
     middle = k + z * z / 2
     half = z * math.sqrt(k * (n - k) / n + z * z / 4)
-    ends = np.array([middle - half, middle + half]) / (n + z * z)
-    return ends.clip(0, 1).tolist()
+    return [(middle - half) / (n + z * z), (middle + half) / (n + z * z)]
 
 
 def compare(run, base):
@@ -215,21 +214,17 @@ def show(x):
     return "" if x is None else f"{x:.2f}"
 
 
-def name_language(row):
-    """A row's language, with * if the model was trained on it."""
-    return row["lang"] + ("*" if row["seen"] else "")
-
-
 def print_rates(run):
     """Print a run that was compared with a base's as a table of 95 columns: each row's main rate
-    with its 95 % interval, what was invalid or in another language, the base's rate, the change;
-    and, where it is known, a line of selectivity a language."""
+    with its 95 % interval, what was invalid or in another language, the base's rate, the change (*:
+    a language that was trained on); and, where it is known, a line of selectivity a language."""
     print("data       lang   rate            n             95 % invalid off-lang  base change"
           "        95 %")
     for row, _ in run:
         rate = MAIN_RATE[row["label"]]
+        lang = row["lang"] + ("*" if row["seen"] else "")
         told = {key: show(row[key]) for key in RATES}
-        print(f"{Path(row['data']).stem[:10]:10} {name_language(row):6} {rate:12} {row['n']:4} "
+        print(f"{Path(row['data']).stem[:10]:10} {lang:6} {rate:12} {row['n']:4} "
               f"{told[rate]:>5} {told['ci95']:>10} {told['invalid']:>7} "
               f"{told['wrong_language']:>8} {told['base']:>5} {told['delta']:>6} "
               f"{told['delta_ci95']:>11}".rstrip())
@@ -243,10 +238,8 @@ def draw(rows, path):
     """Each row's main rate, a bar, and the base's, a line, as an image. Raises UserError."""
     from matplotlib.figure import Figure
     axes = Figure(figsize=(10, 4), layout="constrained").subplots()
-    names = [f"{name_language(row)}\n{MAIN_RATE[row['label']]}\n{Path(row['data']).stem}"
-             for row in rows]
-    rates = np.array([row[MAIN_RATE[row["label"]]] for row in rows], float)  # unknown: no bar
-    axes.bar(names, rates, label="model")
+    names = [f"{row['lang']}\n{MAIN_RATE[row['label']]}\n{Path(row['data']).stem}" for row in rows]
+    axes.bar(names, [row[MAIN_RATE[row["label"]]] or 0 for row in rows], label="model")
     axes.plot(names, [row["base"] for row in rows], "k_", markersize=30, label="base")
     axes.legend()
     with told_in_a_line(f"--plot {path}"):
