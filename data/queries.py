@@ -145,8 +145,6 @@ def parse_file(path, modified):
     """A file of any format -> rows, which nobody changes. modified: its time, in ns."""
     with open(path, encoding="utf-8-sig", newline="") as f:
         text = f.read().rstrip("\r\n")
-    if "\0" in text:
-        raise ValueError("holds NUL bytes")
     ending = os.path.splitext(path)[1].lower()
     delimiter = {".csv": ",", ".tsv": "\t"}.get(ending, LINES)
     rows = parse_json(text) if "json" in ending else parse_table(text, delimiter)
@@ -157,46 +155,33 @@ def parse_file(path, modified):
 
 def parse_json(text):
     """JSONL, a JSON array or {"safety": [...]} -> rows."""
-    load = functools.partial(json.loads, object_pairs_hook=read_object)
     try:
-        rows = load(text)
+        rows = json.loads(text)
     except json.JSONDecodeError as e:
         if e.msg != "Extra data":
             raise
-        rows = load("[" + re.sub(r"\n\s*(?=\S)", r"\g<0>,", text) + "]")  # JSONL
+        rows = json.loads("[" + re.sub(r"\n\s*(?=\S)", r"\g<0>,", text) + "]")  # JSONL
 
     if isinstance(rows, dict):
-        rows = rows.get("safety", rows)
-    if not isinstance(rows, list):
-        rows = [rows]
-    return [read_row(row.items()) if isinstance(row, dict) else {BARE: row} for row in rows]
+        rows = rows.get("safety", [rows])
+    named = [row if isinstance(row, dict) else {BARE: row} for row in rows]
+    return [read_row(row, row.values()) for row in named]
 
 
-def read_object(pairs):
-    """{name: value}. ValueError where two values have one name."""
-    row = dict(pairs)
-    if len(row) < len(pairs):
+def read_row(columns, cells):
+    """A row, the names of its columns in lower case. ValueError where two are one."""
+    row = {name.strip().lower(): cell for name, cell in zip(columns, cells)}
+    if len(row) < len(columns):
         raise ValueError("has a duplicate column")
     return row
-
-
-def read_row(pairs):
-    """A row, the names of its columns in lower case."""
-    return read_object([(name.strip().lower(), value) for name, value in pairs])
 
 
 def parse_table(text, delimiter):
     """CSV, TSV or a query a line -> rows."""
     is_qa = delimiter == "\t" and re.match(QUESTION_AND_ANSWER, text)
     quoting = csv.QUOTE_NONE if is_qa or delimiter == LINES else csv.QUOTE_MINIMAL
-    csv.field_size_limit(1 << 22)  # 128 KiB otherwise: less than a long document
     file = io.StringIO(text, newline="")
-    reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
-    try:
-        lines = list(reader)
-    except csv.Error as e:
-        raise ValueError(f"line {reader.line_num}: {e}; check the quotes there and before") from e
-
+    lines = list(csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True))
     if not any(any(cells[1:]) for cells in lines):
         return [{BARE: "".join(cells)} for cells in lines]  # blank ones keep their place
     lines = [cells for cells in lines if cells]
@@ -205,7 +190,7 @@ def parse_table(text, delimiter):
     for n, cells in enumerate(lines, 1):
         if len(cells) != len(columns):
             raise ValueError(f"row {n} has {len(cells)} cells instead of {len(columns)}")
-        rows.append(read_row([pair for pair in zip(columns, cells) if pair[0].strip()]))
+        rows.append(read_row(columns, cells))
     return [{**row, "label": "qa"} for row in rows] if is_qa else rows
 
 
@@ -279,7 +264,7 @@ def read_file(path, lang):
     try:
         file = os.path.expanduser(path)
         rows = list(map(dict, parse_file(file, os.stat(file).st_mtime_ns)))
-    except (OSError, RecursionError, ValueError) as e:
+    except (OSError, RecursionError, TypeError, ValueError, csv.Error) as e:
         problem = getattr(e, "strerror", None) or e
         raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
     if BARE in rows[0]:
