@@ -93,7 +93,7 @@ def load_queries(path, langs, label=None):
     for name, cells in joined.items():
         try:
             queries.append(read_query(str(name), cells, langs, label, label_column))
-        except (RecursionError, TypeError, ValueError) as reason:
+        except (AttributeError, TypeError, ValueError) as reason:
             skipped[str(reason)[:80]] += 1
     settle_answers(path, [query for query in queries if query.choices])
 
@@ -207,10 +207,12 @@ def read_parts(path, langs):
     for lang in dict.fromkeys(["en", *langs]):
         if file := files.get(lang, first):
             part = take_texts(file, lang, langs, is_own=not first)
-            parts.update({lang: part} if part else {})
+            if part:
+                parts[lang] = part
 
-    keys = find_keys(parts)
-    if first and find_language(parts[langs[0]][0][1]):
+    row = parts[langs[0]][0][1]
+    keys = [name for name in row if name.endswith("id") and is_key(parts, name)]
+    if first and find_language(row):
         if len(keys) == 1:
             return parts, keys[0]
         if len(langs) == 1:
@@ -218,12 +220,10 @@ def read_parts(path, langs):
         raise fail(path, "its rows are joined on the one column ending in id that is unique in "
                          f"each language and the same in all: that is true of {keys}")
     key = "id" if "id" in keys else None
-    ids = [tuple(clean(row.get("id")) for _, row in part) for part in parts.values()]
-    counts = [len(cells) for cells in ids]
-    known = {cells for cells in ids if any(cells)}
-    if not key and (len(set(counts)) > 1 or len(known) > 1):
-        raise fail(path, f"unmatched ids, or numbers of rows ({counts}): give each row an id that "
-                         "is once in every file")
+    ids = {tuple(clean(row.get("id")) for _, row in part) for part in parts.values()}
+    if not key and (len(set(map(len, ids))) > 1 or sum(map(any, ids)) > 1):
+        raise fail(path, f"unmatched ids, or numbers of rows ({[*map(len, parts.values())]}): give "
+                         "each row an id that is once in every file")
     if len(files) > 1:
         tell(path, f"joined {'on id' if key else 'by position: no unique id is in all'}")
     return parts, key
@@ -265,10 +265,14 @@ def read_file(path, lang):
         file = os.path.expanduser(path)
         rows = list(map(dict, parse_file(file, os.stat(file).st_mtime_ns)))
     except (OSError, RecursionError, TypeError, ValueError, csv.Error) as e:
-        problem = getattr(e, "strerror", None) or e
-        raise fail(path, f"{problem}; give UTF-8 CSV, TSV, JSONL or JSON") from None
-    if BARE in rows[0]:
-        rows = read_header(path, rows, lang)
+        raise fail(path, f"{e}; give UTF-8 CSV, TSV, JSONL or JSON") from None
+    if BARE in rows[0]:  # the first cell is the column's name, or it has none
+        first = clean(rows[0][BARE])
+        is_name = read_code(first) in (*ALIASES, *CODES.values(), lang)
+        taken = "the column's name" if is_name else "a query"
+        tell(path, f"its first line, {first[:60]!r}, is taken for {taken}")
+        if is_name:
+            rows = [{first.lower(): row[BARE]} for row in rows[1:]]
     for name in ROW_IDS:
         if not all(re.fullmatch(ROW_ID, clean(row.get(name))) for row in rows):
             for row in rows:
@@ -276,27 +280,10 @@ def read_file(path, lang):
     return rows
 
 
-def read_header(path, rows, lang):
-    """Rows of one column: its first cell is its name, or it has none."""
-    cells = [clean(row.get(BARE)) for row in rows]
-    first = next(filter(None, cells), "")
-    is_name = read_code(first) in {*ALIASES, *CODES.values(), lang}
-    taken = "the column's name" if is_name else "a query"
-    tell(path, f"its first line, {first[:60]!r}, is taken for {taken}")
-    if not is_name:
-        return rows
-    return [{first.lower(): row.get(BARE)} for row in rows[cells.index(first) + 1:]]
-
-
-def find_keys(parts):
-    """The columns ending in id that have the same values in every part, and no value twice."""
-    keys = []
-    for column in [name for name in next(iter(parts.values()))[0][1] if name.endswith("id")]:
-        values = [sorted(clean(row.get(column)) for _, row in part) for part in parts.values()]
-        distinct = sorted({*values[0]} - {""})
-        if all(cells == distinct for cells in values):
-            keys.append(column)
-    return keys
+def is_key(parts, column):
+    """Whether a column has the same values in every part, and none twice."""
+    values = [sorted(clean(row.get(column)) for _, row in part) for part in parts.values()]
+    return all(cells == sorted({*values[0]} - {""}) for cells in values)
 
 
 # --- columns
@@ -354,8 +341,7 @@ def read_cell(cell):
     if isinstance(cell, str) and re.match(CHAT, cell, re.S):
         cell = json.loads(cell)
     if isinstance(cell, list):
-        turns = [turn for turn in cell if isinstance(turn, dict)
-                 and turn.get("from", turn.get("role")) in ("human", "user")]
+        turns = [turn for turn in cell if turn.get("from", turn.get("role")) in ("human", "user")]
         cell = turns and turns[0].get("value", turns[0].get("content"))
     return cell if isinstance(cell, str) and cell.strip() else ""
 

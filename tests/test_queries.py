@@ -319,7 +319,7 @@ def test_lines_of_text_may_hold_commas_quotes_and_semicolons(write):
 
 
 @pytest.mark.parametrize("lang, first", [
-    ("en", "Prompt"), ("jv", "Javanese"), ("jv", "\nprompt_jv"), ("bbc", "bbc"), ("id", "id")])
+    ("en", "Prompt"), ("jv", "Javanese"), ("jv", "prompt_jv"), ("bbc", "bbc"), ("id", "id")])
 def test_the_name_of_a_column_is_taken_for_one_and_it_says_so(write_each, capsys, lang, first):
     assert read(write_each(**{lang: f"{first}\nA text.\n"}), lang) == ["A text."]
     assert f"'{first.strip()}', is taken for the column's name" in capsys.readouterr().err
