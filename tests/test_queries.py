@@ -560,12 +560,6 @@ def test_a_path_that_cannot_be_opened_is_one_line(path):
     error(path, ["en"])
 
 
-def test_a_language_must_be_asked_for_and_a_label_be_known(write):
-    path = write("a.csv", "en,jv\nhi,hai\n")
-    assert "language" in error(path, [])
-    assert "'odd'" in error(path, ["en"], label="odd")
-
-
 # --- split
 
 @pytest.fixture
@@ -582,12 +576,6 @@ def test_split_keeps_every_query_once_and_holds_out_about_the_fraction(numbered)
     assert 50 < len(heldout) < 110
     assert split(queries, 0) == (queries, [])
     assert split(queries, 1) == ([], queries)
-
-
-@pytest.mark.parametrize("holdout", [-0.1, 1.1, float("nan")])
-def test_split_refuses_what_is_no_fraction(holdout):
-    with pytest.raises(ValueError, match="holdout"):
-        split([], holdout)
 
 
 def test_no_query_is_on_both_sides_in_any_language(numbered):
