@@ -21,12 +21,6 @@ JUDGES = read_json(Path(__file__).with_name("judges.json"))
 OPENINGS = read_json(Path(__file__).with_name("refusals.json"))
 THOUGHTS = [  # how models mark what they think: where it begins, where it ends
     ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<thought>", "</thought>"),
-    ("<reasoning>", "</reasoning>"),
-    ("◁think▷", "◁/think▷"),
-    ("<|begin_of_thought|>", "<|end_of_thought|>"),
-    ("<seed:think>", "</seed:think>"),
     ("[THINK]", "[/THINK]"),
     ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|channel|>", "<|channel|>final<|message|>"),  # gpt-oss: the other channels come first
