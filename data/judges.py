@@ -250,12 +250,10 @@ def judge_item(item, phrases, form=None):
     """(verdict, word) of an item, a dict with the keys of FILE.items.jsonl; word: "refusal" |
     "answer" | "invalid"; None where nobody can tell. phrases: find_phrases of its language. form:
     that of the judge whose answer is judge_raw; None: the keywords decide. A qa item keeps its
-    verdict, but for what is no answer."""
+    verdict."""
     word = keyword_verdict(item["response"], item["prompt"], phrases)
     if item["label"] == "qa":
-        numbers = find_letters(read_answer(item["response"]), "N")
-        lost = item["verdict"] == "wrong" and word == "invalid" and not numbers
-        return "invalid" if lost else item["verdict"], word
+        return item["verdict"], word
     if word == "invalid":
         return word, word
 

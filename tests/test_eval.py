@@ -188,13 +188,13 @@ def test_without_py3langid_nobody_can_tell_the_language_and_it_says_so(
 
 # --- questions that have an answer
 
-def test_questions_have_an_accuracy_and_a_bare_number_is_not_invalid(script, tokenizer):
+def test_questions_have_an_accuracy(script, tokenizer):
     queries = [make_query(said, "qa", answer="7", en=f"Say {said}!")
                for said in ("7", "8", "It is 7.", "...")]
     model = script(lambda prompt: prompt.partition("Say ")[2].partition("!")[0])
     [row], items = run(model, tokenizer, queries, ["en"])
-    assert [item["verdict"] for item in items] == ["correct", "wrong", "correct", "invalid"]
-    assert row["accuracy"] == 0.5 and row["invalid"] == 0.25 and row["ci95"] == wilson(2, 4)
+    assert [item["verdict"] for item in items] == ["correct", "wrong", "correct", "wrong"]
+    assert row["accuracy"] == 0.5 and row["invalid"] == 0 and row["ci95"] == wilson(2, 4)
     assert row["unsafe"] is row["over_refusal"] is None
 
 

@@ -283,11 +283,9 @@ def test_a_judge_that_does_not_say_of_a_benign_query_whether_it_was_refused_is_i
         assert judge_item(half, REFUSALS["en"], "qwen3guard")[0] == verdict
 
 
-@pytest.mark.parametrize("response, before, verdict", [
-    ("8", "wrong", "wrong"), ("B", "correct", "correct"), ("...", "wrong", "invalid"),
-    ("<think>3 and 4", "wrong", "invalid")])
-def test_a_question_keeps_its_verdict_and_a_bare_number_is_an_answer(response, before, verdict):
-    item = make_item(response, "qa", verdict=before)
+@pytest.mark.parametrize("verdict", ["correct", "wrong"])
+def test_a_question_keeps_its_verdict_whoever_judges(verdict):
+    item = make_item("8", "qa", verdict=verdict)
     assert judge_item(item, REFUSALS["en"])[0] == verdict
     assert judge_item(item, REFUSALS["en"], "qwen3guard")[0] == verdict
 
