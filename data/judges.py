@@ -225,17 +225,14 @@ def find_words(text):
 
 def is_correct(response, answer, choices=()):
     """Whether the last number of a response is the answer, where that is one number, else whether
-    the answer stands in it, in whole words. Of choices: whether the first letter of one that stands
-    alone is the answer's, "B" or "So it is (B) green."."""
+    the answer stands in it, in whole words. Of choices: whether the first capital letter of one
+    that stands alone is the answer, "B" or "So it is (B) green."."""
     response = read_answer(response)
     if choices:
-        last = chr(64 + min(26, len(choices)))
-        word = rf"[^\W{JOINED}]"
-        small = f"[a-{last.lower()}]"  # a letter only where it is no word
-        letters = (rf"(?<!{word})[A-{last}](?!['’]?{word})|(?<=\(){small}(?=\))|"
-                   rf"\A{small}(?=\))|(?:\A|(?<=: )){small}(?=[\s.。]*\Z)")
-        response = response.translate({0xFEE0 + i: i for i in range(33, 127)})  # Ｂ is B
-        return re.findall(letters, response)[:1] in ([answer], [answer.lower()])
+        letter = rf"[^\W{JOINED}]"
+        alone = rf"(?<!{letter})[A-{chr(64 + len(choices))}](?!['’]?{letter})"
+        found = re.search(alone, unicodedata.normalize("NFKC", response))  # Ｂ is B
+        return bool(found) and found[0] == answer
 
     answer = answer.rpartition("####")[2]  # GSM8K's answers end so, after the sum
     numbers = find_numbers(answer)

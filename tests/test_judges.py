@@ -344,15 +344,14 @@ def find_right_letters(response):
 @pytest.mark.parametrize("response", [
     "B. green", "(B)", "The answer is **B**, as A is not.", "<think>A? No.</think>B",
     "答案是B。", "정답은 B입니다", "คำตอบคือB", "الإجابة هي B", "Có. Đáp án B", "É a B",
-    "b", "b.", "(b) green", "Ｂ", r"\boxed{B}", "b) green", "Answer: b",
-    "C'est la réponse B."])
+    "Ｂ", r"\boxed{B}", "C'est la réponse B."])
 def test_of_choices_the_first_letter_that_stands_alone_decides_in_any_script(response):
     assert find_right_letters(response) == ["B"]
 
 
 @pytest.mark.parametrize("response", [
-    "", "Blue", "a bathtub", "it is b", "(i) first", "Bạn", "D", "<think>B"])
-def test_a_letter_of_a_word_or_a_small_one_in_a_sentence_is_no_choice(response):
+    "", "Blue", "a bathtub", "it is b", "(b) green", "Bạn", "D", "<think>B"])
+def test_a_letter_of_a_word_or_a_small_one_is_no_choice(response):
     assert find_right_letters(response) == []
 
 
