@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find_phrases,
-                         is_correct, judge_item, load_refusals, parse_judgement, read_answer,
-                         read_json, write_judge_turns)
+                         is_correct, judge_item, load_refusals, read_answer, read_json,
+                         write_judge_turns)
 from data.queries import load_queries, split
 from sample import (HERE, RANK, WORLD, Parser, UserError, encode_chat, encode_turns, fill_template,
                     find_context, find_device, find_path, find_stop_ids, find_vocab_size, gather,
@@ -404,21 +404,10 @@ def answer_all(args, refusals):
 def ask_judge(model, tokenizer, form, items, batch_size):
     """Put a judge model's words into the items, but where there is nothing to judge. Raises
     UserError for a judge that would not see the answers."""
-    room = find_context(model) - JUDGE_TOKENS
-    asked = []
-    prompts = []
-    for item in items:
-        if item["label"] != "qa" and item["verdict"] != "invalid":
-            prompt = encode_turns(tokenizer, write_judge_turns(form, item))
-            if len(prompt) > room:
-                tell("note: answers that do not fit the judge's context are counted as invalid")
-                continue
-            asked.append(item)
-            prompts.append(prompt)
+    asked = [item for item in items if item["label"] != "qa" and item["verdict"] != "invalid"]
+    prompts = [encode_turns(tokenizer, write_judge_turns(form, item)) for item in asked]
     for item, raw in zip(asked, answer(model, tokenizer, prompts, JUDGE_TOKENS, batch_size)):
         item["judge_raw"] = raw
-    if asked and not any(any(parse_judgement(form, item["judge_raw"])) for item in asked):
-        tell(f"warning: nothing that the judge said is of the form {form}: see --judge-format")
 
 
 def report(args, runs):
@@ -439,8 +428,6 @@ def report(args, runs):
 
 def main(args):
     """Answer and judge, or judge kept answers again. Whatever fails, what was measured is told."""
-    if WORLD > 1:
-        raise UserError("eval.py works in one process: start it without torchrun")
     form = None
     with told_in_a_line("cannot judge"):
         refusals = load_refusals(args.refusals)

@@ -329,27 +329,12 @@ def test_a_judges_template_that_reads_parts_gets_them_though_it_says_safe_itself
                                         "<|im_start|>assistant\nsafe<|im_end|>\n")
 
 
-def test_an_answer_that_its_judge_has_no_room_for_is_told_and_the_others_are_judged(
-        script, tokenizer, capsys):
-    items = make_items("harmful", "In three steps.", "Step by step. " * 60, "Borrow a book.")
-    ask_judge(script(lambda _: "unsafe", context=400), tokenizer, "llamaguard3", items, 2)
-    assert [item["judge_raw"] for item in items] == ["unsafe", None, "unsafe"]
-    assert "judge's context" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("template, says", [
     (None, "chat template"), ("{{ messages[0].content }}", "does not show")])
 def test_a_judge_that_would_not_see_the_answer_is_an_error(script, template, says):
     deaf = build_tokenizer("bytes", template)
     with pytest.raises(UserError, match=says):
         ask_judge(script(str), deaf, "llamaguard3", make_items("harmful", "Do so."), 2)
-
-
-def test_a_judge_whose_words_are_of_another_form_is_warned_of(script, tokenizer, capsys):
-    for said in ("Safety: Safe", "safe"):
-        items = make_items("harmful", "In three steps.")
-        ask_judge(script(lambda _: said), tokenizer, "qwen3guard", items, 2)
-        assert ("--judge-format" in capsys.readouterr().err) == (said == "safe")
 
 
 # --- the command
@@ -455,12 +440,6 @@ def test_judged_again_and_again_rows_base_and_what_was_asked_stay(
         assert again["results"] == first["results"]
         for name in ("model", "lang", "limit", "wrap", "max_new_tokens", "holdout"):
             assert again["config"][name] == first["config"][name], name
-
-
-def test_under_torchrun_it_is_refused(brief, monkeypatch):
-    monkeypatch.setattr(evaluation, "WORLD", 2)  # else each process would write the same files
-    code, _, err = brief()
-    assert code == 2 and "without torchrun" in err
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
