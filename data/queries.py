@@ -23,11 +23,11 @@ import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, takewhile
 
 ALIASES = ["prompt", "instruction", "goal"]
 BARE = "(no column name)"  # the column of texts that have none
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LINES = "\x1f"             # the delimiter of a file without one
 LABEL_COLUMNS = ("label", "expected_behavior")
 ROW_IDS = ("id", "prompt_id")  # unless they hold Indonesian
@@ -37,7 +37,6 @@ LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>q
 QUESTION_AND_ANSWER = r"\s*[^\t\n]*([?？؟!.。।] ?\t|\t\W?\d)[^\t\n]*(\n|\Z)"
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
 ROW_ID = r"\S*|\S+\s\S*\d\S*"  # as 17, q17 or row 17; a text has several words
-CHOICE = r"((option|choice)[ _]?)?([a-z]|\d)"  # the name of a choice's column
 # columns that hold no texts; pandas calls an index unnamed
 NO_TEXT = "language|lang|label|expected_behavior|answer|choices|options|.*id|unnamed.*"
 
@@ -92,7 +91,6 @@ def load_queries(path, langs, label=None):
             queries.append(read_query(str(name), cells, langs, label, label_column))
         except (AttributeError, TypeError, ValueError) as reason:
             skipped[str(reason)[:80]] += 1
-    settle_answers(path, [query for query in queries if query.choices])
 
     counts = f"{len(joined)} rows read, {len(queries)} used, {skipped.total()} skipped"
     if skipped:
@@ -321,12 +319,7 @@ def read_query(name, cells, langs, label, label_column):
     texts = [normalise(each) for each in text.values() if each]
     query = Query(clean(extra.get("id")) or name, label, text, extra, texts)
     if label == "qa":
-        query.answer = read_scalar(extra.get("answer"))
-        query.choices = read_choices(extra)
-        if not query.answer:
-            raise ValueError("qa without an answer")
-        if not query.choices and re.fullmatch("[A-J]", query.answer):
-            raise ValueError("qa whose answer is a letter, and no choices: call them choices")
+        query.answer, query.choices = read_question(extra)
     json.dumps(vars(query), ensure_ascii=False).encode()  # raises on lone surrogates
     return query
 
@@ -347,57 +340,14 @@ def find_label(text):
     return match and match.lastgroup
 
 
-def read_scalar(value):
-    """A text or a number as text. ValueError for what holds several."""
-    if isinstance(value, (list, dict)):
-        raise ValueError(f"one text is needed, not {value}")
-    return clean(value)
-
-
-def read_choices(row):
-    """A question's choices, {name: text}: of the column choices or options, or of a column each;
-    [] without any."""
-    value = row.get("choices") or row.get("options")
-    if value and isinstance(value, str):
-        value = json.loads(value)
-    if value and isinstance(value, list) and isinstance(value[0], dict):
-        if {"label", "text"} - set.intersection(*map(set, value)):
-            raise ValueError("choices need a label and a text each")
-        value = {one["label"]: one["text"] for one in value}
-    if isinstance(value, list):
-        value = {"text": value}
-    if not isinstance(value, dict):
-        value = {name[-1]: row[name] for name in row if re.fullmatch(CHOICE, name)}
-
-    if "text" not in value:
-        value = {"label": list(value), "text": list(value.values())}
-    names = value.get("label", LETTERS)
-    texts = value["text"]
-    if len(texts) > min(len(names), len(LETTERS)):
-        raise ValueError("more choices than letters or labels")
-    choices = {str(name).upper(): read_scalar(text) for name, text in zip(names, texts)
-               if clean(text)}
-    return choices if len(choices) > 1 else []
-
-
-def settle_answers(path, queries):
-    """Answers -> the letters of their choices, if one reading alone fits the whole file; choices ->
-    lists of their texts. In place."""
-    found = []
-    for query in queries:
-        answer = query.answer.upper()
-        texts = [text.upper() for text in query.choices.values()]
-        numbers = [str(n) for n in range(len(texts) + 1)]
-        readings = [list(query.choices), texts, numbers[:-1], numbers[1:]]
-        found.append([LETTERS[names.index(answer)] if answer in names else None
-                      for names in readings])
-
-    possible = {letters for letters in zip(*found) if all(letters)}
-    if queries and len(possible) != 1:
-        bad = [query.id for query, letters in zip(queries, found) if not any(letters)]
-        bad = bad or [query.id for query in queries]
-        raise fail(path, f"its answers have {len(possible)} readings as letters, texts or indices "
-                         f"(from 0 or 1) of their choices; give letters (see rows {bad[:3]})")
-    for query, letter in zip(queries, *possible):
-        query.answer = letter
-        query.choices = list(query.choices.values())
+def read_question(row):
+    """(answer, choices) of a question; choices: the list in its column choices, or its columns A,
+    B, …; [] without any. Of choices the answer is a letter. ValueError for what is neither."""
+    choices = row.get("choices") or [row[name] for name in takewhile(row.__contains__, LETTERS)]
+    if isinstance(choices, str):
+        choices = json.loads(choices)
+    answer, *texts = [clean(cell) for cell in [row.get("answer"), *choices]]
+    is_letter = answer.lower() in list(LETTERS[:len(texts) or 10])
+    if not answer or is_letter != bool(texts) or not isinstance(choices, list):
+        raise ValueError(f"qa whose answer is {answer!r}, of {len(texts)} choices")
+    return answer.upper() if texts else answer, texts

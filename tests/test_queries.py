@@ -415,66 +415,31 @@ def test_answers_without_a_label_ask_for_one(write):
 
 def test_a_qa_row_without_an_answer_is_skipped_and_one_of_0_is_not(write, capsys):
     assert ask(write, {"answer": 0}, {"answer": " "}) == [([], "0")]
-    assert "1 skipped (1 qa without an answer)" in capsys.readouterr().err
+    assert "1 skipped (1 qa whose answer is '', of 0 choices)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("columns", [
     {"choices": ["red", 0, "blue"]},
     {"choices": '["red", 0, "blue"]'},
-    {"choices": {"text": ["red", 0, "blue"], "label": ["1", "2", "3"]}},
-    {"choices": [
-        {"label": "A", "text": "red"}, {"label": "B", "text": 0}, {"label": "C", "text": "blue"}]},
-    {"options": {"A": "red", "B": 0, "C": "blue"}},
     {"A": "red", "B": 0, "C": "blue", "D": ""},
-    {"option_a": "red", "option_b": 0, "option_c": "blue", "option_d": None},
-    {"Option 1": "red", "Option 2": 0, "Option 3": "blue"},
 ])
 def test_choices_are_read_in_every_form_and_0_is_one(write, columns):
-    gold = ["2", "3"] if "1" in str(columns) else ["B", "C"]
-    read_as = ask(write, *({"answer": answer, **columns} for answer in gold))
+    read_as = ask(write, *({"answer": answer, **columns} for answer in "bC"))
     assert read_as == [(["red", "0", "blue"], "B"), (["red", "0", "blue"], "C")]
 
 
-WORDS = [f"word {i}" for i in range(40)]
-
-
 @pytest.mark.parametrize("row", [
-    {"answer": "word 0", "choices": WORDS},
-    {"answer": "B", "choices": [["A", "red"], ["B", "blue"]]},
-    {"answer": "blue", "choices": [{"text": "red"}, {"text": "blue"}]},
-    {"answer": ["red", "blue"]},
+    {"answer": "green", "choices": ["red", "green"]},
+    {"answer": 1, "choices": ["red", "green"]},
+    {"answer": "C", "choices": ["red", "green"]},
+    {"answer": "A", "choices": {"text": ["red", "green"], "label": ["A", "B"]}},
+    {"answer": "A"},
 ])
-def test_a_question_whose_choices_or_answer_are_not_understood_is_skipped_and_told(
+def test_a_question_whose_answer_is_no_letter_of_its_choices_is_skipped_and_told(
         write, capsys, row):
     right = {"answer": "B", "choices": ["red", "green"]}
     assert ask(write, row, right) == [(["red", "green"], "B")]
-    assert "1 skipped" in capsys.readouterr().err
-
-
-COLOURS = ["red", "green", "blue"]
-
-
-@pytest.mark.parametrize("answers, letters", [
-    (["b", "C"], "BC"),
-    (["green", "Blue"], "BC"),
-    ([0, 1, 2], "ABC"),
-    (["1", "2", "3"], "ABC"),
-])
-def test_an_answer_is_a_letter_a_text_or_an_index(write, answers, letters):
-    read_as = ask(write, *({"answer": answer, "choices": COLOURS} for answer in answers))
-    assert read_as == [(COLOURS, letter) for letter in letters]
-
-
-@pytest.mark.parametrize("answers, choices, complaint", [
-    ([1, 2], COLOURS, "2 readings .* give letters"),
-    ([1], ["2", "1", "0"], "2 readings"),
-    (["A"], ["B", "C", "A"], "2 readings"),
-    (["A", "E", "B"], COLOURS, "rows .'2'"),
-    (["A", "B"], None, "no choices"),
-])
-def test_answers_with_two_readings_or_none_are_refused(write, answers, choices, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        ask(write, *({"answer": answer, "choices": choices} for answer in answers))
+    assert "1 skipped (1 qa whose answer is" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("langs, choices, answer", [
