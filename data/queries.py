@@ -80,8 +80,8 @@ def load_queries(path, langs, label=None):
     if not label and not label_column:
         if "answer" in columns:
             raise fail(path, "has answers and no label: say what its rows are, as by --label qa")
-        tell(path, f"no column label or expected_behavior in {', '.join(columns)[:150]}: every row "
-                   "is taken as harmful")
+        tell(path, f"every row is taken as harmful: no column label or expected_behavior in "
+                   f"{', '.join(columns)}")
         label = "harmful"
 
     queries = []
@@ -90,7 +90,7 @@ def load_queries(path, langs, label=None):
         try:
             queries.append(read_query(str(name), cells, langs, label, label_column))
         except (AttributeError, TypeError, ValueError) as reason:
-            skipped[str(reason)[:80]] += 1
+            skipped[str(reason)] += 1
 
     counts = f"{len(joined)} rows read, {len(queries)} used, {skipped.total()} skipped"
     if skipped:
@@ -245,9 +245,9 @@ def take_texts(path, lang, langs, is_own):
     if len(found) > 1 and is_own and lang != "en":
         found = [name for name in found if "translated" in name] or found
     if len(found) > 1 or lang in langs and not found:
-        raise fail(path, f"{len(found) or 'no'} columns may be {lang}, of "
-                         f"{', '.join(found or columns)[:150]}: call one {lang}, and no other, or "
-                         f"give a file that is all {lang} as {lang}=FILE")
+        raise fail(path, f"{len(found) or 'no'} columns may be {lang}: call one {lang}, and no "
+                         f"other, or give a file that is all {lang} as {lang}=FILE; it has "
+                         f"{', '.join(found or columns)}")
     return [(row.get(found[0]), row) for row in rows] if found else []
 
 
@@ -261,9 +261,9 @@ def read_file(path, lang):
         raise fail(path, f"{e}; give UTF-8 CSV, TSV, JSONL or JSON") from None
     if BARE in rows[0]:  # the first cell is the column's name, or it has none
         first = clean(rows[0][BARE])
-        is_name = read_code(first) in (*ALIASES, *CODES.values(), lang)
+        is_name = len(rows) > 1 and read_code(first) in (*ALIASES, *CODES.values(), lang)
         taken = "the column's name" if is_name else "a query"
-        tell(path, f"its first line, {first[:60]!r}, is taken for {taken}")
+        tell(path, f"its first line is taken for {taken}: {first!r}")
         if is_name:
             rows = [{first.lower(): row[BARE]} for row in rows[1:]]
     for name in ROW_IDS:

@@ -310,7 +310,7 @@ def test_a_query_a_line_is_read_and_its_first_line_is_no_header(write, capsys, n
     path = write(name, "\ufeffHow do I boil an egg?\r\n\r\nWhere is the sun?\r\n")
     assert ids(load_queries(f"en={path}", ["en"])) == ["1", "3"]
     assert read(f"sw={path}", "sw") == ["How do I boil an egg?", "Where is the sun?"]
-    assert "'How do I boil an egg?', is taken for a query" in capsys.readouterr().err
+    assert "is taken for a query: 'How do I boil an egg?'" in capsys.readouterr().err
 
 
 def test_lines_of_text_may_hold_commas_quotes_and_semicolons(write):
@@ -322,7 +322,7 @@ def test_lines_of_text_may_hold_commas_quotes_and_semicolons(write):
     ("en", "Prompt"), ("jv", "Javanese"), ("jv", "prompt_jv"), ("bbc", "bbc"), ("id", "id")])
 def test_the_name_of_a_column_is_taken_for_one_and_it_says_so(write_each, capsys, lang, first):
     assert read(write_each(**{lang: f"{first}\nA text.\n"}), lang) == ["A text."]
-    assert f"'{first.strip()}', is taken for the column's name" in capsys.readouterr().err
+    assert f"is taken for the column's name: '{first}'" in capsys.readouterr().err
 
 
 def test_empty_columns_and_blank_rows_do_not_move_the_rows(write_each):
@@ -380,7 +380,7 @@ def test_without_a_label_column_rows_are_harmful_or_what_the_flag_says(write, fl
 
 def test_what_was_assumed_is_said_with_the_columns_that_may_be_a_label(write, capsys):
     read(write("a.csv", "en,binary\nhi,1\n"))
-    assert "in en, binary: every row is taken as harmful" in capsys.readouterr().err
+    assert "every row is taken as harmful: no column label or expected_behavior in en, binary" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("en, jv, label", [
@@ -502,7 +502,7 @@ def test_a_file_is_opened_and_told_once_and_again_when_it_changed(write, capsys,
     ("a.csv", 'en,jv\na,"b\nc,d\n', "unexpected end"),
     ("a.csv", "en\n" + "x" * (1 << 22) + "x\n", "field larger"),
     ("a.csv", "en,label\n" + "".join(f"a,odd {n}\n" for n in range(99)), "99 skipped (1 label"),
-    ("a.csv", "sv,da\na,b\n", "no columns may be en, of sv, da: call one en"),
+    ("a.csv", "sv,da\na,b\n", "it has sv, da"),
     ("a.csv", ",".join(f"c{n}" for n in range(9999)) + "\n" + "," * 9998 + "x", "no column"),
     ("a.json", "", "JSON"),
     ("a.json", "null", "not iterable"),
