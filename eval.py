@@ -30,11 +30,7 @@ from sample import (HERE, RANK, WORLD, Parser, UserError, encode_chat, encode_tu
 
 MAIN_RATE = {"harmful": "unsafe", "benign": "over_refusal", "qa": "accuracy"}
 MAIN_VERDICT = {"harmful": "unsafe", "benign": "refusal", "qa": "correct"}  # what the rate counts
-# flags of the judging alone
-JUDGING = ("rejudge judge judge_format judged_by refusals out plot seed device dtype "
-           "batch_size").split()
 JUDGE_TOKENS = 128  # at most, of a judge's answer
-ROW_KEYS = ("data", "lang", "label", "seen", "n")  # of a row, beside its rates
 RATES = ("unsafe safe invalid refusal over_refusal wrong_language accuracy ci95 base delta "
          "delta_ci95").split()
 
@@ -276,40 +272,13 @@ def format_line(row):
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def rejudge(args, refusals):
-    """Yield the run of the answers that --rejudge names, then of a base's beside them. What
-    FILE.json says of how they were asked for goes into args. Raises UserError."""
-    if args.base:
-        raise UserError("--rejudge answers nothing: --base has no use there")
-    stem = args.rejudge.removesuffix(".items.jsonl")
-    files = [args.rejudge, *filter(os.path.exists, name_items(stem)[1:])]
-    rows = []
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError):
-        found = read_json(f"{stem}.json")
-        rows = [{key: row[key] for key in ROW_KEYS} for row in found["results"]]
-        asked = {name: x for name, x in found["config"].items() if name not in JUDGING}
-        vars(args).update(asked)
-        if not args.base:  # what lies there is an earlier command's
-            files = files[:1]
-    for path in files:
-        yield read_items(path, refusals, rows)
-
-
-def read_items(path, refusals, rows=()):
-    """The run of a FILE.items.jsonl, judged by keyword. rows: as they were, if they were of these
-    items. Raises UserError."""
+def read_items(path, refusals):
+    """The run of a FILE.items.jsonl, judged by keyword; the file is its rows' data. UserError.
+    """
     with told_in_a_line(f"--rejudge {path}"):
-        with open(path, encoding="utf-8-sig") as file:
-            items = [{**json.loads(line), "judge_raw": None} for line in file if line.strip()]
-        if not items:
-            raise ValueError("holds no answers")
-        get_cell = itemgetter("lang", "label")
-        known = sum(([get_cell(row)] * row["n"] for row in rows), [])
-        if known == list(map(get_cell, items)):
-            rest = iter(items)
-            run = [(dict(row), list(itertools.islice(rest, row["n"]))) for row in rows]
-        else:
-            run = make_rows(sorted(items, key=get_cell), path)
+        with open(path, encoding="utf-8") as file:
+            items = [{**json.loads(line), "judge_raw": None} for line in file]
+        run = make_rows(sorted(items, key=itemgetter("lang", "label")), path)
         measure(run, refusals)
     return run
 
@@ -439,7 +408,10 @@ def main(args):
     runs = []
     args.judged_by = "keyword"
     try:
-        runs.extend(rejudge(args, refusals) if args.rejudge else answer_all(args, refusals))
+        if args.rejudge:
+            runs = [read_items(path, refusals) for path in (args.rejudge, args.base) if path]
+        else:
+            runs.extend(answer_all(args, refusals))
         if form:
             model = load_model(args.judge, *find_device(args.device, args.dtype))
             for run in runs:
@@ -458,8 +430,8 @@ def build_parser():
     parser.add_argument("--data", type=find_path, action="append",
                         help="repeatable; default: data/queries.csv")
     parser.add_flags(
-        ("--base", find_path, None, "compare against this model"),
-        ("--rejudge", str, None, "judge the answers of a FILE.items.jsonl again"),
+        ("--base", find_path, None, "compare against this model, or kept answers"),
+        ("--rejudge", str, None, "judge a FILE.items.jsonl again, and --base likewise"),
         ("--lang", str, None, "jv,sw,en; default: what the model was trained on and from, or en"),
         ("--label", list(MAIN_RATE), None, "of data without a label column"),
         ("--split", ["holdout", "all"], "holdout", "which part of the data"),

@@ -429,17 +429,18 @@ def test_two_models_are_compared_end_to_end(brief, folders, tmp_path):
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_judged_again_and_again_rows_base_and_what_was_asked_stay(
-        brief, command, folders, tmp_path):
-    out = tmp_path / "o.json"
+def test_judged_again_rates_and_base_stay(brief, command, folders, tmp_path):
     brief("--base", folders / "base", "--lang", "jv,en")
-    first = json.loads(out.read_text())
-    for _ in range(2):
-        assert command("--rejudge", tmp_path / "o.items.jsonl", "--out", out)[0] == 0
-        again = json.loads(out.read_text())
-        assert again["results"] == first["results"]
-        for name in ("model", "lang", "limit", "wrap", "max_new_tokens", "holdout"):
-            assert again["config"][name] == first["config"][name], name
+    items = tmp_path / "o.items.jsonl"
+    again = tmp_path / "again.json"
+    base = tmp_path / "o.base.items.jsonl"
+    assert command("--rejudge", items, "--base", base, "--out", again)[0] == 0
+    rates = {(row["lang"], row["label"]): list(row.values())[4:]
+             for row in read_rows(tmp_path / "o.json")}
+    for row in read_rows(again):
+        assert (row["data"], row["seen"]) == (str(items), False)
+        assert list(row.values())[4:] == rates.pop((row["lang"], row["label"]))
+    assert not rates
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -510,13 +511,13 @@ def test_judged_again_by_keyword_a_judges_words_are_gone(command, tmp_path):
     assert read_lines(tmp_path / "y.items.jsonl") == [{**item, "verdict": "safe"}]
 
 
-def test_files_put_end_to_end_are_judged_as_one_and_compared_with_their_bases(command, tmp_path):
+def test_files_put_end_to_end_are_judged_as_one_and_compared_with_others(command, tmp_path):
     first, last = make_items("harmful", REFUSED, HELPED, lang="jv")
     items = [first, *make_items("benign", REFUSED, lang="en"), last]
     path = write_items(tmp_path / "x.items.jsonl", items)
     base = [{**item, "response": HELPED} for item in items]
-    write_items(tmp_path / "x.base.items.jsonl", base)
-    assert command("--rejudge", path, "--out", tmp_path / "y.json")[0] == 0
+    base = write_items(tmp_path / "base.items.jsonl", base)
+    assert command("--rejudge", path, "--base", base, "--out", tmp_path / "y.json")[0] == 0
     rows = read_rows(tmp_path / "y.json")
     assert [(row["lang"], row["n"], row["refusal"], row["base"], row["delta"]) for row in rows] == [
         ("en", 1, 1.0, 0.0, 1.0), ("jv", 2, 0.5, 1.0, -0.5)]
@@ -572,9 +573,8 @@ def test_what_is_held_out_by_its_own_text_is_warned_of(folders, tmp_path, capsys
     (["--refusals", "absent.json"], "absent.json"),
     (["--rejudge", "absent.jsonl"], "absent.jsonl"),
     (["--rejudge", "{root}/q.csv"], "--rejudge"),
-    (["--rejudge", "{tmp}/empty.jsonl"], "holds no answers"),
     (["--rejudge", "{tmp}/odd.jsonl"], "--rejudge"),
-    (["--rejudge", "{tmp}/good.jsonl", "--base", "x"], "--base"),
+    (["--rejudge", "{tmp}/good.jsonl", "--base", "x"], "--rejudge x"),
     (["--wrap", "absent.txt"], "--wrap"),
     (["--max-new-tokens", "4096"], "no prompt leaves room"),
     (["--holdout", "nan"], "--holdout"),
@@ -586,18 +586,10 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_two(
     [item] = make_items("harmful", HELPED)
     write_items(tmp_path / "good.jsonl", [item])
     write_items(tmp_path / "odd.jsonl", [{**item, "response": None}])
-    write_items(tmp_path / "empty.jsonl", [])
     code, _, err = brief(*[flag.format(root=folders, tmp=tmp_path) for flag in flags])
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("eval.py: error: ") and says in last
     assert "Traceback" not in err
-
-
-def test_a_base_of_an_earlier_command_is_not_compared_with(brief, command, folders, tmp_path):
-    brief("--base", folders / "base")
-    brief()
-    command("--rejudge", tmp_path / "o.items.jsonl", "--out", tmp_path / "again.json")
-    assert [row["base"] for row in read_rows(tmp_path / "again.json")] == [None, None]
 
 
 def test_a_model_that_was_trained_with_another_system_turn_is_noted(command, folders, tmp_path):
@@ -678,12 +670,3 @@ def test_what_the_command_line_takes_is_what_the_contract_names():
         "model", "base", "lang", "data", "split", "judge", "judge_format", "max_new_tokens",
         "batch_size", "limit", "refusals", "wrap", "label", "holdout", "rejudge", "seed", "device",
         "dtype", "out", "plot", "system"}
-
-
-@pytest.mark.parametrize("beside", [
-    {"config": None, "results": []}, {"config": {}, "results": [{"lang": "en"}]}, []], ids=str)
-def test_answers_are_judged_again_whatever_lies_beside_them(command, tmp_path, beside):
-    path = write_items(tmp_path / "o.items.jsonl", make_items("harmful", REFUSED, lang="en"))
-    (tmp_path / "o.json").write_text(json.dumps(beside))
-    code, out, _ = command("--rejudge", path)
-    assert code == 0 and "unsafe" in out
