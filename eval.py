@@ -55,13 +55,13 @@ def answer(model, tokenizer, prompts, max_new_tokens, batch_size):
 
 
 def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, seen=(),
-             system=None, keep=os.devnull, wrap="{query}", source_lang="en"):
+             system=None, wrap="{query}", source_lang="en"):
     """Answer the queries of cells (data, language, queries by label), see read_heldout, and judge
     by keyword -> [(row, its items)], a row a cell and label.
     Prompts that do not fit the context are skipped, with a word; if none fits, UserError.
 
-    seen: the languages that the model was trained on. keep: a file to which each answer is added at
-    once, not yet judged. wrap: the template of what is asked, but of questions with an answer.
+    seen: the languages that the model was trained on. wrap: the template of what is asked, but of
+    questions with an answer.
     """
     room = find_context(model) - max_new_tokens
     run = []
@@ -95,7 +95,6 @@ def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, s
         if query.label == "qa":
             right = is_correct(text, query.answer, query.choices)
             item["verdict"] = "correct" if right else "wrong"
-        append_line(keep, item)
 
     measure(run, refusals)
     return run
@@ -328,12 +327,6 @@ def split_langs(text):
     return list(dict.fromkeys(text.lower().replace(",", " ").split()))
 
 
-def name_items(out):
-    """The files of the answers of --model and of --base that lie beside --out FILE.json."""
-    stem = out.removesuffix(".json")
-    return [f"{stem}.items.jsonl", f"{stem}.base.items.jsonl"]
-
-
 def answer_all(args, refusals):
     """Yield the run of --model, then of --base. What --model was trained with is found in its
     args.json. Raises UserError."""
@@ -361,12 +354,9 @@ def answer_all(args, refusals):
         raise UserError("no query is held out: raise --holdout, or --split all")
     device = find_device(args.device, args.dtype)
     models = [load_model(name, *device) for name in (args.model, args.base) if name]
-    files = name_items(args.out) if args.out else [os.devnull] * 2
-    for model, keep in zip(models, files):
-        if args.out:
-            write(keep, "")
+    for model in models:
         yield evaluate(*model, cells, refusals=refusals, max_new_tokens=args.max_new_tokens,
-                       batch_size=args.batch_size, seen=trained, system=args.system, keep=keep,
+                       batch_size=args.batch_size, seen=trained, system=args.system,
                        wrap=template, source_lang=run["source_lang"])
 
 
@@ -387,7 +377,8 @@ def report(args, runs):
     print_rates(runs[0])
     rows = [row for row, _ in runs[0]]
     if args.out:
-        for run, path in zip(runs, name_items(args.out)):
+        for run, kind in zip(runs, ("", ".base")):
+            path = f"{args.out.removesuffix('.json')}{kind}.items.jsonl"
             write(path, "".join(map(format_line, pool(run))))
         found = {"results": rows, "config": vars(args)}
         write(args.out, json.dumps(found, ensure_ascii=False, indent=1))
