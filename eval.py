@@ -58,17 +58,15 @@ def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, s
              system=None, wrap="{query}", source_lang="en"):
     """Answer the queries of cells (data, language, queries by label), see read_heldout, and judge
     by keyword -> [(row, its items)], a row a cell and label.
-    Prompts that do not fit the context are skipped, with a word; if none fits, UserError.
+    Prompts that do not fit the context are skipped, with a word.
 
     seen: the languages that the model was trained on. wrap: the template of what is asked, but of
     questions with an answer.
     """
     room = find_context(model) - max_new_tokens
     run = []
-    asked = []  # the query of each item
-    prompts = []
     for data, lang, queries in cells:
-        cell = []
+        asked = []
         for query in queries:
             text = query.text[lang]
             if query.label != "qa":
@@ -76,26 +74,23 @@ def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, s
             choices = map("{}. {}".format, string.ascii_uppercase, query.choices)
             prompt = encode_chat(tokenizer, "\n".join([text, *choices]), system)
             if len(prompt) <= room:
-                cell.append({"id": query.id, "lang": lang, "label": query.label,
-                             "prompt": query.text[lang], "response": None, "verdict": None,
-                             "judge_raw": None})
-                asked.append(query)
-                prompts.append(prompt)
-        if skipped := len(queries) - len(cell):
+                asked.append((query, prompt))
+        if skipped := len(queries) - len(asked):
             tell(f"note: {data} {lang}: {skipped} prompts of more than {room} tokens do not fit "
                  "the model's context beside their answers: skipped")
-        run += make_rows(cell, data, seen)
-    if pool(cells) and not prompts:
-        raise UserError("no prompt leaves room for an answer in the model's context: lower "
-                        "--max-new-tokens (of msd.py: --eval-max-new-tokens)")
 
-    texts = answer(model, tokenizer, prompts, max_new_tokens, batch_size)
-    for text, item, query in zip(texts, pool(run), asked):
-        item["response"] = text
-        if query.label == "qa":
-            right = is_correct(text, query.answer, query.choices)
-            item["verdict"] = "correct" if right else "wrong"
-
+        prompts = [prompt for _, prompt in asked]
+        texts = answer(model, tokenizer, prompts, max_new_tokens, batch_size)
+        items = []
+        for (query, _), text in zip(asked, texts):
+            verdict = None
+            if query.label == "qa":
+                right = is_correct(text, query.answer, query.choices)
+                verdict = "correct" if right else "wrong"
+            items.append({"id": query.id, "lang": lang, "label": query.label,
+                          "prompt": query.text[lang], "response": text, "verdict": verdict,
+                          "judge_raw": None})
+        run += make_rows(items, data, seen)
     measure(run, refusals)
     return run
 

@@ -570,7 +570,6 @@ def test_what_is_held_out_by_its_own_text_is_warned_of(folders, tmp_path, capsys
     (["--rejudge", "{tmp}/odd.jsonl"], "--rejudge"),
     (["--rejudge", "{tmp}/good.jsonl", "--base", "x"], "--rejudge x"),
     (["--wrap", "absent.txt"], "--wrap"),
-    (["--max-new-tokens", "4096"], "no prompt leaves room"),
     (["--holdout", "nan"], "--holdout"),
     (["--label", "mixed"], "--label"),
     (["--trust-remote-code"], "--trust-remote-code"),
