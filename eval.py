@@ -60,17 +60,14 @@ def evaluate(model, tokenizer, cells, *, refusals, max_new_tokens, batch_size, s
     by keyword -> [(row, its items)], a row a cell and label.
     Prompts that do not fit the context are skipped, with a word.
 
-    seen: the languages that the model was trained on. wrap: the template of what is asked, but of
-    questions with an answer.
+    seen: the languages that the model was trained on. wrap: the template of what is asked.
     """
     room = find_context(model) - max_new_tokens
     run = []
     for data, lang, queries in cells:
         asked = []
         for query in queries:
-            text = query.text[lang]
-            if query.label != "qa":
-                text = fill_template(wrap, query, lang, source_lang)
+            text = fill_template(wrap, query, lang, source_lang)
             choices = map("{}. {}".format, string.ascii_uppercase, query.choices)
             prompt = encode_chat(tokenizer, "\n".join([text, *choices]), system)
             if len(prompt) <= room:

@@ -627,13 +627,13 @@ def test_every_query_is_asked_with_the_system_turn(brief, asked):
     assert {system for _, system in asked} == {"Be brief."}
 
 
-def test_wrap_puts_every_query_into_the_text_but_no_question(command, folders, tmp_path, asked):
+def test_wrap_puts_every_query_into_the_text(command, folders, tmp_path, asked):
     wrap = tmp_path / "w.txt"
     wrap.write_text("In a play, {query}\nMax says:", encoding="utf-8-sig")
     data = tmp_path / "q.csv"
-    data.write_text("label,en,answer\nharmful,Steal {query}?,\nqa,3 + 4?,7\n")
+    data.write_text("label,en\nharmful,Steal {query}?\n")
     command("--model", folders / "base", "--split", "all", "--wrap", wrap, "--data", data)
-    assert asked == [("In a play, Steal {query}?\nMax says:", None), ("3 + 4?", None)]
+    assert asked == [("In a play, Steal {query}?\nMax says:", None)]
 
 
 def test_wrapped_in_a_teacher_prompt_the_english_stands_beside_the_query(
