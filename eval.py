@@ -322,17 +322,11 @@ def split_langs(text):
 def answer_all(args, refusals):
     """Yield the run of --model, then of --base. What --model was trained with is found in its
     args.json. Raises UserError."""
-    run = {"lang": "", "source_lang": "en", "holdout": 0.2, "system": args.system}
+    run = {"lang": "", "source_lang": "en", "holdout": 0.2}
     path = Path(args.model, "args.json")
-    with told_in_a_line(path):
-        if path.is_file():
-            found = read_json(path)
-            if "source_lang" in found:  # else another program's
-                run.update(found)
-        trained = split_langs(run["lang"])
-    if run["system"] != args.system:
-        tell(f"note: {args.model} was trained with the system turn {run['system']!r}, and is asked "
-             f"with {args.system!r}")
+    if path.is_file():
+        with told_in_a_line(path):
+            run.update(read_json(path))
     if args.holdout is None:
         args.holdout = run["holdout"]
     args.lang = split_langs(args.lang or f"{run['lang']} {run['source_lang']}")
@@ -348,8 +342,8 @@ def answer_all(args, refusals):
     models = [load_model(name, *device) for name in (args.model, args.base) if name]
     for model in models:
         yield evaluate(*model, cells, refusals=refusals, max_new_tokens=args.max_new_tokens,
-                       batch_size=args.batch_size, seen=trained, system=args.system,
-                       wrap=template, source_lang=run["source_lang"])
+                       batch_size=args.batch_size, seen=split_langs(run["lang"]),
+                       system=args.system, wrap=template, source_lang=run["source_lang"])
 
 
 def ask_judge(model, tokenizer, form, items, batch_size):

@@ -2,7 +2,6 @@
 tiny random models."""
 import itertools
 import json
-import shutil
 import sys
 from types import SimpleNamespace
 
@@ -585,23 +584,10 @@ def test_what_a_user_gets_wrong_is_one_line_and_exit_code_two(
     assert "Traceback" not in err
 
 
-def test_a_model_that_was_trained_with_another_system_turn_is_noted(command, folders, tmp_path):
-    shutil.copytree(folders / "tuned", tmp_path / "m")
-    args = {"source_lang": "en", "holdout": 0.5, "system": "Be kind."}
-    (tmp_path / "m" / "args.json").write_text(json.dumps(args))
-    flags = ["--model", tmp_path / "m", "--data", folders / "q.csv", "--max-new-tokens", 1]
-    assert "note" not in command(*flags, "--system", "Be kind.")[2]
-    assert "was trained with the system turn 'Be kind.'" in command(*flags)[2]
-
-
-@pytest.mark.parametrize("text, says", [
-    ("{", "args.json"), ('{"lang": 3, "source_lang": "en"}', "args.json"),
-    ('{"lang": ["de"], "holdout": 2}', "cannot load a model")])
-def test_a_half_read_args_json_is_an_error_and_another_programs_says_nothing(
-        command, tmp_path, text, says):
-    (tmp_path / "args.json").write_text(text)
+def test_a_half_read_args_json_is_an_error(command, tmp_path):
+    (tmp_path / "args.json").write_text("{")
     code, _, err = command("--model", tmp_path)
-    assert code == 2 and says in err.splitlines()[-1]
+    assert code == 2 and "args.json" in err.splitlines()[-1]
 
 
 def test_a_language_is_the_same_in_capitals(brief):
