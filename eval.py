@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import math
-import os
 import re
 import string
 from operator import itemgetter
@@ -23,7 +22,7 @@ import torch
 from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find_phrases,
                          is_correct, judge_item, load_refusals, read_answer, read_json,
                          write_judge_turns)
-from data.queries import load_queries, split
+from data.queries import BARE, load_queries, split
 from sample import (HERE, RANK, WORLD, Parser, UserError, encode_chat, encode_turns, fill_template,
                     find_context, find_device, find_path, find_stop_ids, find_vocab_size, gather,
                     load_model, need, number, positive, read_template, sample, tell)
@@ -280,10 +279,9 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
                  is_parallel=False):
     """[(path, lang, queries)] of every path that has the language (is_parallel, or where it is not
     English: and source_lang): the held-out part, a label's first `limit`, none that is labelled
-    mixed. Raises UserError for a path without any of the languages or with the same texts in two;
+    mixed. Raises UserError for a path without any of the languages, or that names none of several;
     a language that a path lacks is told."""
     cells = []
-    known = {}
     errors = {}
     for path, lang in itertools.product(paths, langs):
         # a query is held out by its text in English, or else in the source language: as in training
@@ -293,8 +291,7 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         except UserError as e:
             errors[path, lang] = e
             continue
-        texts = tuple(query.text[lang] for query in queries)
-        if known.setdefault((path, texts), lang) != lang:
+        if len(langs) > 1 and BARE in queries[0].extra and f"{lang}=" not in path:
             raise UserError(f"{path} names no language: say whose it is, as {lang}={path}")
         # the first of its texts is English, if any is; the last is in `lang`
         is_split = 0 < holdout < 1 and lang not in ("en", source_lang)
@@ -381,6 +378,9 @@ def main(args):
             form = args.judge_format or find_judge_format(args.judge)
     if args.plot:
         need("matplotlib", "draw --plot")
+    if args.out:  # found before anything slow is done
+        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+        open(args.out, "a").close()
 
     runs = []
     args.judged_by = "keyword"

@@ -9,6 +9,7 @@ a line.
 - Wide: a column per language, <lang>, prompt_<lang> or its name; English also ALIASES.
 - Long: a row per language, which the column language or lang names.
 - Named for its language: also one of ALIASES, a translated column, or the only one.
+- Without column names: of the one language that is asked for, or named.
 A text's language is never guessed. Once a file is read, a row is {column: cell}, the columns in
 lower case.
 """
@@ -22,7 +23,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain, takewhile
 
 ALIASES = ["prompt", "instruction", "goal"]
@@ -342,11 +343,14 @@ def find_label(text):
 
 def read_question(row):
     """(answer, choices) of a question; choices: the list in its column choices, or its columns A,
-    B, …; [] without any. Of choices the answer is a letter. ValueError for what is neither."""
+    B, …; [] without any. Of choices the answer is a letter, or JSON has it as an index, from 0.
+    ValueError for what is neither."""
     choices = row.get("choices") or [row[name] for name in takewhile(row.__contains__, LETTERS)]
     if isinstance(choices, str):
         choices = json.loads(choices)
     answer, *texts = [clean(cell) for cell in [row.get("answer"), *choices]]
+    if texts and isinstance(row["answer"], int):
+        answer = LETTERS[row["answer"]:][:1]
     is_letter = answer.lower() in list(LETTERS[:len(texts) or 10])
     if not answer or is_letter != bool(texts) or not isinstance(choices, list):
         raise ValueError(f"qa whose answer is {answer!r}, of {len(texts)} choices")

@@ -449,10 +449,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     assert (tmp_path / "o.json").read_text() == "before"
 
 
-def test_what_was_measured_is_told_though_it_cannot_be_written(brief, tmp_path):
+def test_what_cannot_be_written_is_found_before_a_model_is_loaded(brief, tmp_path, stop_at):
     (tmp_path / "o.json").mkdir()
+    stop_at(1, "load_model", AssertionError)
     code, out, err = brief()
-    assert code == 2 and "o.json" in err and "unsafe" in out
+    assert code == 2 and "o.json" in err and not out
 
 
 def test_ctrl_c_is_one_line(brief, stop_at):
@@ -546,6 +547,18 @@ def test_a_language_that_a_file_lacks_is_noted_and_a_file_without_any_is_an_erro
     assert "note: not evaluated: " in capsys.readouterr().err
     with pytest.raises(UserError, match="jv"):  # of which the second file has none
         read_heldout(paths, ["jv"])
+
+
+def test_a_file_that_names_no_language_is_of_one_language(tmp_path):
+    path = tmp_path / "q.txt"
+    path.write_text("How do I bake?\nHow do I cook?\n")
+    assert len(read_heldout([str(path)], ["sw"], holdout=1)) == 1
+    with pytest.raises(UserError, match=f"names no language.* en={path}"):
+        read_heldout([str(path)], ["en", "sw"], holdout=1)
+    for name, text in (("w.csv", "en,sw\n3 + 4 =,3 + 4 =\n"), ("e.txt", "3 + 4 =\n")):
+        (tmp_path / name).write_text(text)
+    named = f"en={tmp_path}/e.txt,sw={tmp_path}/e.txt"
+    assert len(read_heldout([str(tmp_path / "w.csv"), named], ["en", "sw"], holdout=1)) == 4
 
 
 def test_what_is_held_out_by_its_own_text_is_warned_of(folders, tmp_path, capsys):

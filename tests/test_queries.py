@@ -332,9 +332,10 @@ def test_empty_columns_and_blank_rows_do_not_move_the_rows(write_each):
     assert texts(queries, "ru") == ["Раз", "Четыре"]
 
 
-@pytest.mark.parametrize("langs", [["en"], ["en", "sw"]])
-def test_a_file_without_a_header_must_be_named_for_its_language(write, langs):
-    assert "en=FILE" in error(write("a.txt", "A text.\n"), langs)
+def test_a_file_without_a_header_is_of_one_language(write):
+    path = write("a.txt", "A text.\n")
+    assert read(path, "sw") == ["A text."]
+    assert "en=FILE" in error(path, ["en", "sw"])
 
 
 def test_header_less_mgsm_is_qa_keeps_its_first_row_and_is_joined_by_position(write):
@@ -430,7 +431,7 @@ def test_choices_are_read_in_every_form_and_0_is_one(write, columns):
 
 @pytest.mark.parametrize("row", [
     {"answer": "green", "choices": ["red", "green"]},
-    {"answer": 1, "choices": ["red", "green"]},
+    {"answer": 2, "choices": ["red", "green"]},
     {"answer": "C", "choices": ["red", "green"]},
     {"answer": "A", "choices": {"text": ["red", "green"], "label": ["A", "B"]}},
     {"answer": "A"},
@@ -440,6 +441,12 @@ def test_a_question_whose_answer_is_no_letter_of_its_choices_is_skipped_and_told
     right = {"answer": "B", "choices": ["red", "green"]}
     assert ask(write, row, right) == [(["red", "green"], "B")]
     assert "1 skipped (1 qa whose answer is" in capsys.readouterr().err
+
+
+def test_an_index_of_a_choice_is_its_letter(write):
+    rows = [{"en": "Which?", "label": "qa", "answer": i, "choices": ["1", "2"]} for i in (0, 1)]
+    queries = load_queries(write("a.json", json.dumps(rows)), ["en"])
+    assert [query.answer for query in queries] == ["A", "B"]
 
 
 @pytest.mark.parametrize("langs, choices, answer", [
