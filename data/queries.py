@@ -349,7 +349,7 @@ def read_question(row):
     if isinstance(choices, str):
         choices = json.loads(choices)
     answer, *texts = [clean(cell) for cell in [row.get("answer"), *choices]]
-    if texts and isinstance(row["answer"], int):
+    if texts and isinstance(row.get("answer"), int):
         answer = LETTERS[row["answer"]:][:1]
     is_letter = answer.lower() in list(LETTERS[:len(texts) or 10])
     if not answer or is_letter != bool(texts) or not isinstance(choices, list):
