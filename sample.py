@@ -312,13 +312,11 @@ def is_close(x, y):
 # --- one way through a model ---
 
 def pad_right(rows, device):
-    """Lists of ids -> ids and mask, (B, T). The padding is each row's last id: some models warn
-    when they see their pad token."""
-    T = max(map(len, rows))
-    ids = [row + (row or [0])[-1:] * (T - len(row)) for row in rows]
-    mask = [[True] * len(row) + [False] * (T - len(row)) for row in rows]
-    return (torch.tensor(ids, dtype=torch.long, device=device),
-            torch.tensor(mask, dtype=torch.bool, device=device))
+    """Lists of ids -> ids and mask, (B, T)."""
+    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    return ids.to(device), mask.to(device)
 
 
 def cut_by_length(model, rows, size=math.inf):
