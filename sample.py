@@ -26,7 +26,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import cached_file
 
@@ -137,22 +137,7 @@ def eval_mode(model):
             module.training = training
 
 
-class FixedLayer(DynamicLayer):
-    """A layer of a KV cache of B rows and a fixed number of slots, written in place at the index
-    `at` (1,). like: a layer that holds some rows."""
 
-    def __init__(self, like, B, slots, at):
-        super().__init__()
-        self.is_initialized = True
-        self.at = at
-        _, heads, _, D = like.keys.shape
-        self.keys = like.keys.new_zeros(B, heads, slots, D)  # zeros: the masked is multiplied, too
-        self.values = like.values.new_zeros(B, heads, slots, like.values.shape[-1])
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        self.keys.index_copy_(2, self.at, key_states)
-        self.values.index_copy_(2, self.at, value_states)
-        return self.keys, self.values
 
 
 class RaggedDecoder:
@@ -167,23 +152,15 @@ class RaggedDecoder:
         self.model = model
         lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # (B, 1)
         self.positions = lengths - 1  # of the token that is read
-        self.at = lengths.amax(0) - 1  # (1,), its slot
+
         # a rope that depends on length asks the GPU for it, which no graph may
         self.is_static = device.type == "cuda" and find_rope_limit(model) == math.inf
-        self.cache = DynamicCache()
-        ends = [None] * len(prompts)
-        for rows in cut_by_length(model, prompts):
-            part = DynamicCache()
-            hidden, head = read_rows(model, [prompts[b] for b in rows], past_key_values=part)
-            for b, states in zip(rows, hidden):
-                ends[b] = states[len(prompts[b]) - 1]  # (H,)
-            if not self.cache.layers:
-                self.cache.layers = [FixedLayer(like, len(prompts), slots, self.at)
-                                     for like in part.layers]
-            for layer, read in zip(self.cache.layers, part.layers):
-                layer.keys[rows, :, :hidden.shape[1]] = read.keys
-                layer.values[rows, :, :hidden.shape[1]] = read.values
-        self.logits = head(torch.stack(ends))  # (B, V)
+        read = DynamicCache()
+        hidden, head = read_rows(model, prompts, past_key_values=read)  # (B, T, H)
+        self.logits = head(hidden[range(len(prompts)), self.positions[:, 0]])  # (B, V)
+        self.cache = Cache([StaticLayer(slots) for _ in read.layers])
+        for i, layer in enumerate(read.layers):
+            self.cache.update(layer.keys, layer.values, i)
         closed = torch.arange(slots, device=device) >= lengths  # (B, slots)
         mask = closed[:, None, None].to(self.logits)  # in its dtype: CUDA's attention wants that
         self.mask = mask * torch.finfo(mask.dtype).min
@@ -197,8 +174,10 @@ class RaggedDecoder:
 
     def keep(self, rows):
         """Go on with these rows alone."""
-        rows = torch.tensor(rows, device=self.at.device)
-        self.cache.batch_select_indices(rows)
+        rows = torch.tensor(rows, device=self.mask.device)
+        for layer in self.cache.layers:
+            layer.keys = layer.keys[rows]
+            layer.values = layer.values[rows]
         self.positions = self.positions[rows]
         self.mask = self.mask[rows]
         self.renew()
@@ -218,9 +197,8 @@ class RaggedDecoder:
 
     def read(self):
         """The step itself."""
-        self.at += 1
         self.positions += 1
-        self.mask.index_fill_(3, self.at, 0.0)
+        self.mask.index_fill_(3, self.cache.get_seq_length(), 0.0)  # the slot that it is put in
         ALL_ATTENTION_FUNCTIONS["sdpa"] = attend_by_group  # instead of transformers' own
         try:
             self.logits = self.model(
