@@ -220,26 +220,22 @@ def attend_by_group(module, query, key, value, attention_mask, scaling=None, **k
 
 class RowDecoder:
     """A single row with the cache that its model makes itself (recurrent, hybrid, windowed); what
-    makes none reads the row again for each token."""
+    makes none, or turns positions at some length, reads the row again for each token."""
 
     def __init__(self, model, prompts, slots):
         self.model = model
-        is_long = find_rope(model).get("rope_type") == "longrope"
-        self.limit = find_rope_limit(model) if is_long else math.inf
+        self.use_cache = find_rope_limit(model) == math.inf  # else positions move with the length
         self.cache = {}
         self.ids = torch.tensor([[]], dtype=torch.long, device=model.device)
         self.step(torch.tensor(prompts[0], device=model.device))
 
     def step(self, token):
         """Read more tokens (T,)."""
-        read = self.ids.shape[1]
         self.ids = torch.cat([self.ids, token[None]], 1)  # (1, all tokens)
-        if read <= self.limit < self.ids.shape[1]:
-            self.cache = {}  # positions turn here for all tokens: read them again
         at = torch.arange(self.ids.shape[1], device=token.device)[None]
         new = -len(token) if self.cache else 0
-        out = self.model(input_ids=self.ids[:, new:], position_ids=at[:, new:], use_cache=True,
-                         **self.cache)
+        out = self.model(input_ids=self.ids[:, new:], position_ids=at[:, new:],
+                         use_cache=self.use_cache, **self.cache)
         states = {name: out.get(name) for name in ("past_key_values", "cache_params", "state")}
         self.cache = {name: state for name, state in states.items() if state is not None}
         self.logits = out.logits[:, -1]  # (1, V)
@@ -391,16 +387,11 @@ def find_head(model, known=weakref.WeakKeyDictionary()):
 
 def find_rope_limit(model):
     """The tokens past which positions depend on the longest row of a batch (dynamic, long RoPE)."""
-    rope = find_rope(model)
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") not in ("dynamic", "longrope"):
         return math.inf
-    original = rope.get("original_max_position_embeddings")
-    return original or model.config.get_text_config().max_position_embeddings
-
-
-def find_rope(model):
-    """A model's rope parameters; {} without."""
-    return getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    return rope.get("original_max_position_embeddings") or config.max_position_embeddings
 
 
 # --- prompts ---
@@ -487,7 +478,7 @@ def find_vocab_size(tokenizer):
 
 def find_context(model):
     """The most tokens that a model takes, prompt and response together."""
-    if find_rope(model).get("rope_type") == "dynamic":
+    if find_rope_limit(model) < math.inf:
         return math.inf
     return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
 
