@@ -38,7 +38,7 @@ HERE = Path(__file__).resolve().parent
 PROMPTS = HERE / "data" / "prompts"
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many those are
-MARKER = "Qxzmarkerzxq"  # a text that no chat template holds
+MARKER = "Qxz{}zxq"  # a turn's place in what a chat template writes: no template holds it
 
 
 # --- the sampler ---
@@ -411,51 +411,40 @@ def encode_chat(tokenizer, text, system=None):
 def encode_turns(tokenizer, turns):
     """The ids of a conversation [(role, text)] and the header of an answer; the template writes the
     BOS. Of a text only what spells a special token is changed. Raises UserError."""
-    roles = tuple(role for role, _ in turns)
-    as_parts, _ = probe_template(tokenizer, str(tokenizer.chat_template), roles)
-    turns = [(role, break_special(tokenizer, text)) for role, text in turns]
-    return tokenizer(render(tokenizer, turns, as_parts), add_special_tokens=False).input_ids
+    chat = render(tokenizer, [role for role, _ in turns])
+    for i, (_, text) in enumerate(turns):
+        chat = chat.replace(MARKER.format(i), break_special(tokenizer, text))
+    return tokenizer(chat, add_special_tokens=False).input_ids
 
 
-def render(tokenizer, turns, as_parts, open_answer=True):
-    """The text that the chat template makes of [(role, text)]. Raises UserError."""
-    messages = []
-    for role, text in turns:
-        content = [{"type": "text", "text": text}] if as_parts else text
-        messages.append({"role": role, "content": content})
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, enable_thinking=False,
-                                             add_generation_prompt=open_answer)
-    except Exception as e:  # jinja: a template is data, and may raise anything
-        raise UserError(f"the chat template fails: {type(e).__name__}: {str(e)[:200]}") from None
-
-
-@functools.lru_cache(16)
-def probe_template(tokenizer, chat_template, roles, open_answer=True):
-    """(whether the template reads lists of parts only, what it writes of these roles' turns): tried
-    with a marker that no template holds. Raises UserError."""
-    for as_parts in (False, True):
-        chat = render(tokenizer, [(role, MARKER) for role in roles], as_parts, open_answer)
-        if chat.count(MARKER) >= len(roles):
-            return as_parts, chat
+def render(tokenizer, roles):
+    """What the chat template writes of a turn of each role, a MARKER its text, and of an answer's
+    header. So no template sees, trims or runs a query. Raises UserError."""
+    texts = [MARKER.format(i) for i in range(len(roles))]
+    parts = [[{"type": "text", "text": text}] for text in texts]
+    for contents in (texts, parts):  # some templates read lists of parts only
+        turns = [{"role": role, "content": x} for role, x in zip(roles, contents)]
+        try:
+            chat = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False,
+                                                 add_generation_prompt=True)
+        except Exception as e:  # jinja: a template is data, and may raise anything
+            raise UserError(f"the chat template fails: {type(e).__name__}: {e}") from None
+        if all(text in chat for text in texts):
+            return chat
     raise UserError(f"the chat template does not show each turn of {', '.join(roles)}")
 
 
 def find_controls(tokenizer):
-    """(what the chat template writes, {id: added token that is special or that it writes})."""
-    written = ""
-    for roles, open_answer in ((("user",), True), (("user", "assistant"), False)):
-        with contextlib.suppress(UserError):  # it knows no answers, or there is none
-            template = str(tokenizer.chat_template)
-            written += probe_template(tokenizer, template, roles, open_answer)[1]
-    return written, {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()
-                     if token.special or (str(token).strip() and str(token) in written)}
+    """{id: added token that is special or that the chat template writes}."""
+    template = str(tokenizer.chat_template)
+    return {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special or (str(token).strip() and str(token) in template)}
 
 
 def break_special(tokenizer, text):
     """`text` with a space in what spells a special token, or an added one that the chat template
     writes itself: a query stays data. Everything else stays to the letter."""
-    controls = sorted(find_controls(tokenizer)[1].values(), key=len, reverse=True)
+    controls = sorted(find_controls(tokenizer).values(), key=len, reverse=True)
     pattern = "|".join(map(re.escape, controls)) or "(?!)"
     return re.sub(pattern, lambda m: f"{m[0][0]} {m[0][1:]}" if m[0][1:] else " ", text)
 
@@ -465,9 +454,10 @@ def find_stop_ids(model, tokenizer):
     chat template writes after an answer, where that is of the added vocabulary."""
     eos = model.generation_config.eos_token_id
     found = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
-    written, controls = find_controls(tokenizer)
-    after = written.rpartition(MARKER)[2].lstrip()
-    found.update(i for i, token in controls.items() if after.startswith(token))
+    with contextlib.suppress(UserError):  # it knows no answers, or there is none
+        chat = render(tokenizer, ["user", "assistant", "user"])
+        after = chat.partition(MARKER.format(1))[2].lstrip()
+        found.update(i for i, token in find_controls(tokenizer).items() if after.startswith(token))
     return sorted(found - {None})
 
 
