@@ -607,20 +607,18 @@ def find_path(name):
 def find_device(name, dtype="auto"):
     """The one place where device and dtype are chosen -> (torch.device, torch.dtype); of several
     processes each takes a GPU. Raises UserError."""
-    gpu = "cuda" if torch.cuda.is_available() else "mps"
-    if gpu == "mps" and not torch.backends.mps.is_available():
-        gpu = "cpu"
+    if name == "auto":
+        name = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     try:
-        device = torch.device(gpu if name == "auto" else name)
-        if device.type == "cuda" and torch.cuda.is_available():
+        device = torch.device(name)
+        if device.type == "cuda":
             index = int(os.environ.get("LOCAL_RANK", device.index or 0))
             device = torch.device("cuda", index)
             torch.cuda.set_device(device)
             torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it plans anew for every shape
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):
-        raise UserError(f"no device {name!r} here for process {RANK}; --device auto would take "
-                        f"{gpu}") from None
+        raise UserError(f"no device {name} here for process {RANK}: try --device auto") from None
     if dtype == "auto":
         narrow = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if narrow else "float32"
