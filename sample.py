@@ -11,6 +11,7 @@ each alone) is tried once.
 import argparse
 import contextlib
 import functools
+import itertools
 import math
 import os
 import re
@@ -523,7 +524,7 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter, **kwargs)
         self.add_flags(
             ("--model", find_path, str(HERE / "data/tiny"), "a folder or a Hugging Face id"),
-            ("--system", words, None, "the system turn (default: the template's own)"),
+            ("--system", str, None, "the system turn (default: the template's own)"),
             ("--device", str, "auto", "auto: a GPU where there is one"),
             ("--dtype", ["auto", "float32", "bfloat16"], "auto",
              "auto: bfloat16 where a GPU has it"),
@@ -558,23 +559,18 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt:
             self.exit(130, f"\n{self.prog}: interrupted\n")
         except RuntimeError as e:
-            if re.search("^Dist|gloo", f"{type(e).__name__}: {e}"):
+            said = f"{type(e).__name__}: {e}"
+            if re.search("^Dist|gloo", said):
                 self.error(f"another process ended: {e}")
-            if isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(e):
+            if re.search("OutOfMemory|DefaultCPUAllocator", said):
                 self.error("out of memory: lower --batch-size, --micro-batch-size or "
                            "--max-new-tokens, or train a --lora-rank")
             raise
         except BrokenPipeError:  # as in `… | head`; nor may what is buffered fail at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self.exit(141)  # as of SIGPIPE: the work was not done
-        except (UserError, OSError) as e:  # of an OSError: a full disk, a file that may not be read
+        except (UserError, OSError, UnicodeError) as e:  # as a full disk, or what is no UTF-8
             self.error(e)
-
-
-def words(text):
-    """argparse type: text that is UTF-8."""
-    text.encode()
-    return text
 
 
 def number(low, high=math.inf, kind=float):
@@ -658,20 +654,14 @@ def main(args):
         raise UserError("--prompt is empty")
     model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
     generator = torch.Generator(model.device).manual_seed(args.seed)
-
-    def ask():
-        try:
-            return words(input("> " if sys.stdin.isatty() else "")).removesuffix("\r")
-        except EOFError:
-            return ""
-        except UnicodeError:
-            raise UserError("what was typed is not UTF-8") from None
-
-    for text in [args.prompt] if args.prompt else iter(ask, ""):
+    typed = itertools.takewhile(str.strip, sys.stdin)
+    for text in [args.prompt] if args.prompt else typed:
+        text.encode()  # or it is no UTF-8
         [response] = sample(
-            model, [encode_chat(tokenizer, text, args.system)], generator=generator,
+            model, [encode_chat(tokenizer, text.rstrip("\r\n"), args.system)],
             max_new_tokens=args.max_new_tokens, stop_ids=find_stop_ids(model, tokenizer),
-            temperature=args.temperature, vocab_size=find_vocab_size(tokenizer))
+            temperature=args.temperature, generator=generator,
+            vocab_size=find_vocab_size(tokenizer))
         print(tokenizer.decode(response, skip_special_tokens=True).strip(), flush=True)
 
 
@@ -679,7 +669,7 @@ def build_parser():
     """The command line."""
     parser = Parser(prog="sample.py", description="Talk to a model.")
     parser.add_flags(
-        ("--prompt", words, None, "one query; without it: interactive, an empty line ends"),
+        ("--prompt", str, None, "one query; without it: interactive, an empty line ends"),
         ("--max-new-tokens", positive, 128, "of an answer"),
         ("--temperature", number(0), 0.0, "0: greedy"))
     return parser
