@@ -566,9 +566,6 @@ class Parser(argparse.ArgumentParser):
                 self.error("out of memory: lower --batch-size, --micro-batch-size or "
                            "--max-new-tokens, or train a --lora-rank")
             raise
-        except BrokenPipeError:  # as in `… | head`; nor may what is buffered fail at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            self.exit(141)  # as of SIGPIPE: the work was not done
         except (UserError, OSError, UnicodeError) as e:  # as a full disk, or what is no UTF-8
             self.error(e)
 

@@ -3,7 +3,6 @@ made here."""
 import io
 import json
 import math
-import os
 import runpy
 import sys
 from collections import Counter
@@ -553,13 +552,3 @@ def test_what_looks_like_a_slot_and_is_none_is_told(tmp_path, capsys):
     file.write_text("{query_en}, {query}, {langauge}")
     assert program.read_template(str(file)) == file.read_text()
     assert "left as they stand: ['{langauge}']" in capsys.readouterr().err
-
-
-def test_where_nobody_reads_on_the_exit_code_is_that_of_a_closed_pipe(monkeypatch, capfd):
-    def main(args):
-        raise BrokenPipeError
-    monkeypatch.setattr(os, "dup2", lambda *files: None)
-    with pytest.raises(SystemExit) as stop:
-        program.Parser(prog="any.py").run(main, [])
-    assert stop.value.code == 141
-
