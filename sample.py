@@ -551,11 +551,7 @@ class Parser(argparse.ArgumentParser):
         err = out if RANK else sys.stderr
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-                args = self.parse_args(argv)
-                for name, files in vars(args).items():
-                    if isinstance(files, list) and len(set(files)) < len(files):
-                        raise UserError(f"--{name.replace('_', '-')} names a file twice")
-                main(args)
+                main(self.parse_args(argv))
         except KeyboardInterrupt:
             self.exit(130, f"\n{self.prog}: interrupted\n")
         except RuntimeError as e:

@@ -617,11 +617,6 @@ def test_resume_may_change_what_leaves_the_training_alone(train, tables):
     assert len(tables) == 1  # without a base
 
 
-def test_a_file_that_is_named_twice_is_one_line(fail, tmp_path):
-    again = os.path.relpath(tmp_path / "q.csv")
-    assert "--data names a file twice" in fail("o", "--data", again)
-
-
 def list_flags():
     actions = msd.build_parser()._actions
     return [action for action in actions if action.dest != "help"]
