@@ -18,7 +18,6 @@ import re
 import sys
 import time
 import warnings
-import weakref
 from pathlib import Path
 
 import torch
@@ -241,16 +240,16 @@ class RowDecoder:
         self.logits = out.logits[:, -1]  # (1, V)
 
 
-def decodes_ragged(model, slots, known=weakref.WeakKeyDictionary()):
+def decodes_ragged(model, slots):
     """Whether rows of up to `slots` tokens decode together exactly: every layer attends to all that
     is before it, and two ragged rows, tried once a model, come out as they should."""
-    if model not in known:
-        known[model] = try_ragged(model)
+    if not hasattr(model, "is_ragged"):
+        model.is_ragged = try_ragged(model)
     windows = [getattr(layer, "sliding_window", math.inf)
                for layer in DynamicCache(config=model.config).layers]
     if model.config.model_type == "gpt_neo":
         windows.append(model.config.window_size)
-    exact = known[model] and slots <= min(find_rope_limit(model), *windows)
+    exact = model.is_ragged and slots <= min(find_rope_limit(model), *windows)
     if not exact:
         tell(f"note: {type(model).__name__} decodes a row at a time: together its rows would not "
              "be exact")
@@ -279,8 +278,8 @@ def try_ragged(model):
 
 def is_close(x, y):
     """Whether two sets of logits (…, V) differ by rounding only."""
-    gap = (x.float() - y.float()).pow(2).mean().sqrt() / y.float().std()
-    return bool(gap <= (1e-4 if y.dtype == torch.float32 else 5e-2))
+    tolerance = 1e-4 if y.dtype == torch.float32 else 5e-2
+    return bool((x - y).norm() <= tolerance * y.norm())
 
 
 # --- one way through a model ---
@@ -357,32 +356,29 @@ class Head(torch.nn.Module):
         self.cap = config.get("final_logit_softcapping")  # Gemma
 
     def forward(self, hidden):
-        logits = self.linear(hidden)
-        if self.scale != 1:
-            logits = logits * self.scale
+        logits = self.linear(hidden * self.scale)
         if self.cap:
             logits = torch.tanh(logits / self.cap) * self.cap
         return logits
 
 
 @torch.no_grad()
-def find_head(model, known=weakref.WeakKeyDictionary()):
+def find_head(model):
     """(decoder, head) such that head(decoder(ids)[0]) are the model's own logits, tried once. Where
     a head does more than `Head` knows: the model itself and the identity. Raises UserError for a
     model that looks to the right."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if causal.get_output_embeddings() is None or causal.base_model is causal:
-        return model, torch.nn.Identity()
     decoder, head = causal.base_model, Head(causal)
-    if model not in known:
+    if not hasattr(model, "has_known_head"):
         ids = torch.tensor([[3, 1, 2, 5], [3, 1, 7, 6]], device=model.device)
         with eval_mode(model):
             own = model(input_ids=ids, use_cache=False).logits  # (2, 4, V)
             if own.isfinite().all() and not is_close(*own[:, :2]):
                 name = type(causal).__name__
                 raise UserError(f"{name} is no causal model: it looks to the right")
-            known[model] = is_close(head(decoder(input_ids=ids, use_cache=False)[0]), own)
-    return (decoder, head) if known[model] else (model, torch.nn.Identity())
+            hidden = decoder(input_ids=ids, use_cache=False)[0]  # (2, 4, H)
+            model.has_known_head = is_close(head(hidden), own)
+    return (decoder, head) if model.has_known_head else (model, torch.nn.Identity())
 
 
 def find_rope_limit(model):
