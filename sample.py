@@ -292,19 +292,14 @@ def pad_right(rows, device):
     return ids.to(device), mask.to(device)
 
 
-def cut_by_length(model, rows, size=math.inf):
-    """Rows of ids -> lists of up to `size` indices, by length: none is longer than 5/4 of another
-    and 8 tokens, so little is padding. Where positions depend on the longest row: each alone."""
-    if max(map(len, rows), default=0) > find_rope_limit(model):
+def cut_by_length(model, rows, size):
+    """Rows of ids -> lists of up to `size` indices, by length, so that little is padding. Where
+    positions depend on the longest row: each alone."""
+    lengths = list(map(len, rows))
+    if max(lengths, default=0) > find_rope_limit(model):
         size = 1
-    batches = []
-    most = -1  # tokens of a row of the last batch
-    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
-        if len(rows[i]) > most or len(batches[-1]) == size:
-            batches.append([])
-            most = 1.25 * len(rows[i]) + 8
-        batches[-1].append(i)
-    return batches
+    order = sorted(range(len(rows)), key=lengths.__getitem__)
+    return [order[i:i + size] for i in range(0, len(rows), size)]
 
 
 def read_rows(model, rows, **cache):
@@ -329,7 +324,7 @@ def response_hidden(model, prompts, responses):
     rows = [p + r for p, r in zip(prompts, responses)]
     check_ids(model, rows)
     shifted = [None] * len(rows)
-    for batch in cut_by_length(model, rows):
+    for batch in cut_by_length(model, rows, len(rows)):
         hidden, head = read_rows(model, [rows[i] for i in batch])  # (B, all tokens, H)
         for i, states in zip(batch, hidden):  # what is read at t − 1 predicts t
             shifted[i] = states[len(prompts[i]) - 1:len(rows[i]) - 1]
