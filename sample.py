@@ -52,13 +52,13 @@ def sample_next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=Non
     probs = (logits / temperature).softmax(-1)  # (B, V)
     if top_k or top_p < 1:
         V = probs.shape[-1]
-        top, ids = probs.topk(min(top_k or V, V), dim=-1)  # (B, k)
+        top, ids = probs.topk(min(top_k or V, V))  # (B, k)
         top = top / top.sum(-1, keepdim=True)
         before = top.cumsum(-1) - top  # largest first: the token that crosses p stays
-        top = top.masked_fill(before >= top_p, 0.0)
+        top = top * (before < top_p)
         probs = torch.zeros_like(probs).scatter(-1, ids, top)
     # the first of exponential clocks to ring: as multinomial, which would wait for the GPU twice
-    noise = torch.empty_like(probs).exponential_(generator=generator).clamp_(min=1e-30)
+    noise = torch.empty_like(probs).exponential_(generator=generator)
     return (probs / noise).argmax(-1).masked_fill(broken, -1)
 
 
@@ -247,8 +247,7 @@ def decodes_ragged(model, slots):
         model.is_ragged = try_ragged(model)
     windows = [getattr(layer, "sliding_window", math.inf)
                for layer in DynamicCache(config=model.config).layers]
-    if model.config.model_type == "gpt_neo":
-        windows.append(model.config.window_size)
+    windows.append(getattr(model.config, "window_size", math.inf))  # GPT-Neo's
     exact = model.is_ragged and slots <= min(find_rope_limit(model), *windows)
     if not exact:
         tell(f"note: {type(model).__name__} decodes a row at a time: together its rows would not "
@@ -258,20 +257,15 @@ def decodes_ragged(model, slots):
 
 def try_ragged(model):
     """Two ragged rows, decoded for two tokens together, against the logits of a forward pass."""
-    i = model.config.get_text_config().vocab_size // 2  # no special token
-    prompts = [[i, i + 1, i + 2], [*range(i + 3, i + 8)]]
-    token = torch.tensor([i + 8, i + 8], device=model.device)
-    expected = response_logits(model, prompts, [[i + 8] * 3] * 2)  # (6, V)
+    prompts = [[3, 1, 2], [5, 4, 3, 2, 1]]
+    expected = response_logits(model, prompts, [[6] * 3] * 2)  # (6, V)
     try:
         decoder = RaggedDecoder(model, prompts, slots=8)
         steps = [decoder.logits]
         for _ in range(2):
-            decoder.step(token)
+            decoder.step(torch.tensor([6, 6], device=model.device))
             steps.append(decoder.logits.clone())
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as e:  # no such mask, cache or positions in this model
-        tell(f"note: no decoding in batches: {type(e).__name__}: {str(e)[:200]}")
+    except Exception:  # no such mask, cache or positions in this model
         return False
     return is_close(torch.stack(steps, 1).flatten(0, 1), expected)
 
