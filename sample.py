@@ -73,14 +73,9 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
 
     Returns responses, lists of at most max_new_tokens ids; with return_logprobs (responses,
     logprobs), of the drawn ids, in nats, untruncated, at `temperature` (1.0 when greedy).
-    Raises ValueError for what is empty or out of range, and for logits that are not finite.
+    Raises UserError for a context too short, and for logits that are not finite.
     """
-    if not (all(prompts) and 0 <= temperature < math.inf and top_k >= 0 and 0 < top_p <= 1
-            and max_new_tokens >= 1):
-        raise ValueError("sampling needs a token in every prompt, a finite temperature ≥ 0, "
-                         "top_k ≥ 0, 0 < top_p ≤ 1 and max_new_tokens ≥ 1")
     check_ids(model, prompts)
-    temperature = 0 if temperature < 1e-4 else temperature  # the logits would overflow
     responses = [[] for _ in prompts]
     logprobs = [[] for _ in prompts]
     slots = max(map(len, prompts), default=0) + max_new_tokens
