@@ -230,8 +230,8 @@ class RowDecoder:
         new = -len(token) if self.cache else 0
         out = self.model(input_ids=self.ids[:, new:], position_ids=at[:, new:],
                          use_cache=self.use_cache, **self.cache)
-        states = {name: out.get(name) for name in ("past_key_values", "cache_params", "state")}
-        self.cache = {name: state for name, state in states.items() if state is not None}
+        kinds = ("past_key_values", "cache_params", "state")
+        self.cache = {name: out[name] for name in kinds if name in out}
         self.logits = out.logits[:, -1]  # (1, V)
 
 
@@ -275,10 +275,9 @@ def is_close(x, y):
 
 def pad_right(rows, device):
     """Lists of ids -> ids and mask, (B, T)."""
-    ids = pad_sequence([torch.tensor(row, dtype=torch.long) for row in rows], batch_first=True)
-    lengths = torch.tensor([len(row) for row in rows])
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    return ids.to(device), mask.to(device)
+    ids = [torch.tensor(row, dtype=torch.long, device=device) for row in rows]
+    mask = [torch.ones_like(row, dtype=torch.bool) for row in ids]
+    return pad_sequence(ids, batch_first=True), pad_sequence(mask, batch_first=True)
 
 
 def cut_by_length(model, rows, size):
@@ -335,8 +334,8 @@ class Head(torch.nn.Module):
         super().__init__()
         config = model.config.get_text_config().to_dict()
         self.linear = model.get_output_embeddings()
-        self.scale = config.get("logit_scale") or 1  # Cohere
-        self.scale /= config.get("logits_scaling") or 1  # Granite
+        # of Cohere, of Granite
+        self.scale = (config.get("logit_scale") or 1) / (config.get("logits_scaling") or 1)
         self.cap = config.get("final_logit_softcapping")  # Gemma
 
     def forward(self, hidden):
@@ -424,9 +423,9 @@ def find_controls(tokenizer):
 def break_special(tokenizer, text):
     """`text` with a space in what spells a special token, or an added one that the chat template
     writes itself: a query stays data. Everything else stays to the letter."""
-    controls = sorted(find_controls(tokenizer).values(), key=len, reverse=True)
-    pattern = "|".join(map(re.escape, controls)) or "(?!)"
-    return re.sub(pattern, lambda m: f"{m[0][0]} {m[0][1:]}" if m[0][1:] else " ", text)
+    for token in find_controls(tokenizer).values():
+        text = text.replace(token, f"{token[0]} {token[1:]}" if token[1:] else " ")
+    return text
 
 
 def find_stop_ids(model, tokenizer):
@@ -546,14 +545,13 @@ class Parser(argparse.ArgumentParser):
             self.error(e)
 
 
-def number(low, high=math.inf, kind=float):
+def number(low, high=1e30, kind=float):
     """argparse type: a finite number from `low` to `high`."""
     def parse(text):
         x = kind(text)
-        if not low <= x <= high or x == math.inf:
+        if not low <= x <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return x
-    parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 
@@ -581,9 +579,7 @@ def find_device(name, dtype="auto"):
     try:
         device = torch.device(name)
         if device.type == "cuda":
-            index = int(os.environ.get("LOCAL_RANK", device.index or 0))
-            device = torch.device("cuda", index)
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it plans anew for every shape
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):
