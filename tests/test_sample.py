@@ -531,20 +531,10 @@ def test_a_teacher_prompt_is_found_by_name_or_file_without_its_bom_and_filled_on
             program.read_template(name)
 
 
-def test_ours_are_found_from_any_folder_and_a_language_without_a_name_is_told(
-        tmp_path, monkeypatch, capsys):
+def test_ours_are_found_from_any_folder_and_a_language_without_a_name_is_its_code(
+        tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     template = program.read_template("data/jailbreak.txt")
     assert "{query}" in template
-    program.fill_template(template, Query, "xx", "xx")
-    program.fill_template("{language}", Query, "jv", "xx")
-    assert capsys.readouterr().err == ""
+    assert program.fill_template("{language}", Query, "jv", "xx") == "Javanese"
     assert program.fill_template("{language}", Query, "xx", "xx") == "xx"
-    assert "languages.json has no name for it" in capsys.readouterr().err
-
-
-def test_what_looks_like_a_slot_and_is_none_is_told(tmp_path, capsys):
-    file = tmp_path / "p.txt"
-    file.write_text("{query_en}, {query}, {langauge}")
-    assert program.read_template(str(file)) == file.read_text()
-    assert "left as they stand: ['{langauge}']" in capsys.readouterr().err
