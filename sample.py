@@ -556,14 +556,11 @@ natural = number(0, kind=int)
 
 def find_path(name):
     """A path that is the same from anywhere: as it is found from here, else beside the program;
-    what is neither stays, as a hub id. "en=FILE,jv=FILE" likewise."""
+    what is neither stays: a hub id, en=FILE,jv=FILE."""
     for path in (name, HERE / name):
         if os.path.exists(path):
             return str(Path(path).resolve())
-    files = re.split(r"(?:^|,\s*)([\w-]+)=", name)
-    if files[0]:
-        return name
-    return ",".join(f"{lang}={find_path(file)}" for lang, file in zip(files[1::2], files[2::2]))
+    return name
 
 
 def find_device(name, dtype="auto"):

@@ -430,15 +430,6 @@ def test_an_adapter_that_is_more_than_added_weights_is_one_line(folder, tmp_path
     fails_to_load(tmp_path / "virtual")
 
 
-def test_files_in_folders_whose_names_hold_an_equals_sign_are_found(tmp_path, monkeypatch):
-    for lang in ("en", "jv"):
-        (tmp_path / f"lang={lang}").mkdir()
-        (tmp_path / f"lang={lang}" / "x.csv").touch()
-    monkeypatch.chdir(tmp_path)
-    named = program.find_path("en=lang=en/x.csv,jv=lang=jv/x.csv")
-    assert named == f"en={tmp_path}/lang=en/x.csv,jv={tmp_path}/lang=jv/x.csv"
-
-
 def test_a_file_here_goes_before_one_beside_the_program(tmp_path, monkeypatch):
     (tmp_path / "LICENSE").touch()
     monkeypatch.chdir(tmp_path)
