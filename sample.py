@@ -11,7 +11,6 @@ each alone) is tried once.
 import argparse
 import contextlib
 import functools
-import itertools
 import math
 import os
 import re
@@ -606,19 +605,17 @@ def load_model(name, device, dtype):
 # --- the command ---
 
 def main(args):
-    """Answer --prompt, or what is typed, each line as one user turn, until an empty line."""
-    if args.prompt is not None and not args.prompt.strip():
+    """Answer --prompt, or what is typed, each line as one user turn."""
+    if args.prompt == "":
         raise UserError("--prompt is empty")
     model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
-    generator = torch.Generator(model.device).manual_seed(args.seed)
-    typed = itertools.takewhile(str.strip, sys.stdin)
-    for text in [args.prompt] if args.prompt else typed:
-        text.encode()  # or it is no UTF-8
+    torch.manual_seed(args.seed)
+    for line in [args.prompt] if args.prompt else sys.stdin:
+        line.encode()  # or it is no UTF-8
         [response] = sample(
-            model, [encode_chat(tokenizer, text.rstrip("\r\n"), args.system)],
+            model, [encode_chat(tokenizer, line.strip(), args.system)],
             max_new_tokens=args.max_new_tokens, stop_ids=find_stop_ids(model, tokenizer),
-            temperature=args.temperature, generator=generator,
-            vocab_size=find_vocab_size(tokenizer))
+            temperature=args.temperature, vocab_size=find_vocab_size(tokenizer))
         print(tokenizer.decode(response, skip_special_tokens=True).strip(), flush=True)
 
 
@@ -626,7 +623,7 @@ def build_parser():
     """The command line."""
     parser = Parser(prog="sample.py", description="Talk to a model.")
     parser.add_flags(
-        ("--prompt", str, None, "one query; without it: interactive, an empty line ends"),
+        ("--prompt", str, None, "one query; without it: what is typed, a line each"),
         ("--max-new-tokens", positive, 128, "of an answer"),
         ("--temperature", number(0), 0.0, "0: greedy"))
     return parser
