@@ -98,14 +98,13 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
                 if min(drawn) < 0:
                     raise UserError("the model's logits are not finite: its weights are broken, or "
                                     "its dtype is too narrow (try --dtype float32)")
-                logp = [0.0] * len(rows)  # where nobody asks
                 if return_logprobs:
                     logp = (logits / (temperature or 1.0)).log_softmax(-1)  # (B, V)
-                    logp = logp[range(len(rows)), token].tolist()
-                for i, t, lp in zip(rows, drawn, logp):
+                for b, i in enumerate(rows):
                     if i in alive:
-                        responses[i].append(t)
-                        logprobs[i].append(lp)
+                        responses[i].append(drawn[b])
+                        if return_logprobs:
+                            logprobs[i].append(logp[b, drawn[b]].item())
                 alive = [i for i in alive if responses[i][-1] not in stop_ids
                          and len(responses[i]) < max_new_tokens]
                 if 0 < 2 * len(alive) <= len(rows):  # the others go on in a smaller batch
@@ -121,16 +120,13 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
 @contextlib.contextmanager
 def eval_mode(model):
     """No dropout within, nor gradient checkpointing, which switches the KV cache off."""
-    modes = [(module, module.training) for module in model.modules()]
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
-
-
-
+        for module in training:
+            module.training = True
 
 
 class RaggedDecoder:
@@ -139,22 +135,20 @@ class RaggedDecoder:
     a GPU it is run once, captured as a CUDA graph, and replayed."""
 
     def __init__(self, model, prompts, slots):
-        device = model.device
-        if device.type == "cuda":
-            slots += -slots % 128  # few shapes, and aligned ones
         self.model = model
-        lengths = torch.tensor([len(p) for p in prompts], device=device)[:, None]  # (B, 1)
-        self.positions = lengths - 1  # of the token that is read
-
         # a rope that depends on length asks the GPU for it, which no graph may
-        self.is_static = device.type == "cuda" and find_rope_limit(model) == math.inf
+        self.is_static = model.device.type == "cuda" and find_rope_limit(model) == math.inf
+        if self.is_static:
+            slots += -slots % 128  # few shapes, and aligned ones
+        lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)  # (B, 1)
+        self.positions = lengths - 1  # of the token that is read
         read = DynamicCache()
         hidden, head = read_rows(model, prompts, past_key_values=read)  # (B, T, H)
         self.logits = head(hidden[range(len(prompts)), self.positions[:, 0]])  # (B, V)
         self.cache = Cache([StaticLayer(slots) for _ in read.layers])
         for i, layer in enumerate(read.layers):
             self.cache.update(layer.keys, layer.values, i)
-        closed = torch.arange(slots, device=device) >= lengths  # (B, slots)
+        closed = torch.arange(slots, device=model.device) >= lengths  # (B, slots)
         mask = closed[:, None, None].to(self.logits)  # in its dtype: CUDA's attention wants that
         self.mask = mask * torch.finfo(mask.dtype).min
         self.renew()
@@ -608,8 +602,8 @@ def main(args):
     """Answer --prompt, or what is typed, each line as one user turn."""
     if args.prompt == "":
         raise UserError("--prompt is empty")
-    model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
     torch.manual_seed(args.seed)
+    model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
     for line in [args.prompt] if args.prompt else sys.stdin:
         line.encode()  # or it is no UTF-8
         [response] = sample(
