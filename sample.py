@@ -37,6 +37,8 @@ PROMPTS = HERE / "data" / "prompts"
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many those are
 MARKER = "Qxz{}zxq"  # a turn's place in what a chat template writes: no template holds it
+PLAIN = ("{{ bos_token }}{% for m in messages %}{{ m.role | capitalize }}: {{ m.content }}\n"
+         "{% endfor %}Assistant:")  # the chat template of models without one
 
 
 # --- the sampler ---
@@ -366,14 +368,11 @@ def find_rope_limit(model):
 
 def encode_chat(tokenizer, text, system=None):
     """The ids of one user turn and the header of the answer: what a model is prompted with. Models
-    without a chat template get a plain one and the tokenizer's own BOS. Raises UserError."""
-    if tokenizer.chat_template:
-        turns = [("system", system), ("user", text)]
-        return encode_turns(tokenizer, turns if system else turns[1:])
-    tell("note: the model has no chat template: it is asked as 'User: … Assistant:'")
-    header = f"{system}\n\n" if system else ""
-    ids = tokenizer(f"{header}User: {break_special(tokenizer, text)}\nAssistant:").input_ids
-    return ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids  # that it adds by itself
+    without a chat template get PLAIN. Raises UserError."""
+    if not tokenizer.chat_template:
+        tell("note: the model has no chat template: it is asked as 'User: … Assistant:'")
+    turns = [("system", system), ("user", text)]
+    return encode_turns(tokenizer, turns if system else turns[1:])
 
 
 def encode_turns(tokenizer, turns):
@@ -393,8 +392,9 @@ def render(tokenizer, roles):
     for contents in (texts, parts):  # some templates read lists of parts only
         turns = [{"role": role, "content": x} for role, x in zip(roles, contents)]
         try:
-            chat = tokenizer.apply_chat_template(turns, tokenize=False, enable_thinking=False,
-                                                 add_generation_prompt=True)
+            chat = tokenizer.apply_chat_template(
+                turns, chat_template=None if tokenizer.chat_template else PLAIN, tokenize=False,
+                enable_thinking=False, add_generation_prompt=True)
         except Exception as e:  # jinja: a template is data, and may raise anything
             raise UserError(f"the chat template fails: {type(e).__name__}: {e}") from None
         if all(text in chat for text in texts):

@@ -322,7 +322,7 @@ def test_whatever_a_tokenizer_adds_there_is_one_bos_and_no_eos_at_the_end(kind, 
     ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
     tokenizer._tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=ids)
     got = encode_chat(tokenizer, "hi </s>")
-    assert got.count(tokenizer.bos_token_id) == int(template is not None or "<s>" in single)
+    assert got.count(tokenizer.bos_token_id) == 1
     assert tokenizer.eos_token_id not in got
 
 
@@ -484,7 +484,7 @@ def test_without_a_template_it_asks_plainly_and_says_so(folder, monkeypatch, cap
     assert err.count("\n") == 1 and "no chat template" in err
     _, tokenizer = load(folder)
     asked = encode_chat(tokenizer, "hi", "Be brief.")
-    assert tokenizer.decode(asked) == "Be brief.\n\nUser: hi\nAssistant:"
+    assert tokenizer.decode(asked) == "<s>System: Be brief.\nUser: hi\nAssistant:"
 
 
 @pytest.mark.parametrize("error, code, words", [
