@@ -591,8 +591,7 @@ def load_model(name, device, dtype):
         home = name if Path(name, "tokenizer_config.json").is_file() else model.name_or_path
         tokenizer = AutoTokenizer.from_pretrained(home, trust_remote_code=False)
     except Exception as e:
-        why = " ".join(str(e).split())[:400]
-        raise UserError(f"cannot load a model from {name!r}: {type(e).__name__}: {why}") from None
+        raise UserError(f"cannot load a model from {name}: {type(e).__name__}: {e}") from None
     return model.to(device).eval(), tokenizer
 
 
