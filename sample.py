@@ -33,7 +33,6 @@ from data.queries import LANGUAGES, UserError
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on a CPU: fewer faults, less waste
 os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken caches by path alone: it would read a stale file
 HERE = Path(__file__).resolve().parent
-PROMPTS = HERE / "data" / "prompts"
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many those are
 MARKER = "Qxz{}zxq"  # a turn's place in what a chat template writes: no template holds it
@@ -81,15 +80,12 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
     logprobs = [[] for _ in prompts]
     slots = max(map(len, prompts), default=0) + max_new_tokens
     if slots > find_context(model):
-        raise UserError(f"prompt and answer take {slots} tokens, and the model's context holds "
-                        f"{find_context(model)}")
+        raise UserError(f"a prompt and its answer take {slots} tokens, over the model's context")
     with eval_mode(model):
-        make_decoder = RowDecoder
-        batches = [[i] for i in range(len(prompts))]
-        if prompts and decodes_ragged(model, slots):
-            make_decoder = RaggedDecoder
-            batches = [list(range(len(prompts)))]
-        for rows in batches:  # rows[b]: the prompt that row b of the batch answers
+        together = decodes_ragged(model, slots)
+        make_decoder = RaggedDecoder if together else RowDecoder
+        size = len(prompts) + 1 if together else 1
+        for rows in cut_by_length(model, prompts, size):  # rows[b]: the prompt that row b answers
             decoder = make_decoder(model, [prompts[i] for i in rows], slots)
             alive = rows
             while alive:
@@ -215,8 +211,9 @@ class RowDecoder:
         self.model = model
         self.use_cache = find_rope_limit(model) == math.inf  # else positions move with the length
         self.cache = {}
-        self.ids = torch.tensor([[]], dtype=torch.long, device=model.device)
-        self.step(torch.tensor(prompts[0], device=model.device))
+        ids = torch.tensor(prompts, device=model.device)  # (1, T)
+        self.ids = ids[:, :0]
+        self.step(ids[0])
 
     def step(self, token):
         """Read more tokens (T,)."""
@@ -443,12 +440,12 @@ def find_context(model):
 
 def read_template(name, flag="--teacher-prompt"):
     """The text of data/prompts/NAME.txt, or of a file. Raises UserError."""
-    named = PROMPTS / f"{name}.txt"
+    named = HERE / f"data/prompts/{name}.txt"
     try:
         path = named if named.is_file() else Path(find_path(name))
         text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError):
-        raise UserError(f"{flag} {name}: no readable file, nor one of {PROMPTS}") from None
+        raise UserError(f"{flag} {name}: no readable file, nor one of data/prompts") from None
     if "{query" not in text:
         raise UserError(f"{flag} {name}: names neither {{query}} nor {{query_en}}")
     return text
@@ -562,7 +559,7 @@ def find_device(name, dtype="auto"):
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it plans anew for every shape
-        torch.zeros(1, device=device).item()
+        torch.zeros(1, device=device)
     except (RuntimeError, AssertionError, ImportError):
         raise UserError(f"no device {name} here for process {RANK}: try --device auto") from None
     if dtype == "auto":
@@ -604,7 +601,7 @@ def main(args):
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
     for line in [args.prompt] if args.prompt else sys.stdin:
-        line.encode()  # or it is no UTF-8
+        line.encode()  # raises UnicodeError
         [response] = sample(
             model, [encode_chat(tokenizer, line.strip(), args.system)],
             max_new_tokens=args.max_new_tokens, stop_ids=find_stop_ids(model, tokenizer),
