@@ -55,8 +55,7 @@ def sample_next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=Non
         top, ids = probs.topk(min(top_k or V, V))  # (B, k)
         top = top / top.sum(-1, keepdim=True)
         before = top.cumsum(-1) - top  # largest first: the token that crosses p stays
-        top = top * (before < top_p)
-        probs = torch.zeros_like(probs).scatter(-1, ids, top)
+        probs = torch.zeros_like(probs).scatter(-1, ids, top * (before < top_p))
     # the first of exponential clocks to ring: as multinomial, which would wait for the GPU twice
     noise = torch.empty_like(probs).exponential_(generator=generator)
     return (probs / noise).argmax(-1).masked_fill(broken, -1)
@@ -454,8 +453,8 @@ def read_template(name, flag="--teacher-prompt"):
 def fill_template(template, query, lang, source):
     """Fill {query} (in `lang`), {query_en} (in `source`) and {language}; what a query itself spells
     is not filled in again."""
-    language = LANGUAGES.get(re.split("[-_]", lang)[0], lang)  # zh-CN is Chinese
-    values = {"query": query.text[lang], "query_en": query.text.get(source), "language": language}
+    values = {"query": query.text[lang], "query_en": query.text.get(source),
+              "language": LANGUAGES.get(re.split("[-_]", lang)[0], lang)}  # zh-CN is Chinese
     return re.sub(r"\{(query|query_en|language)\}", lambda m: values[m[1]], template)
 
 
@@ -506,7 +505,7 @@ class Parser(argparse.ArgumentParser):
         code 2; Ctrl-C is one line and 130. Of several processes the first alone speaks."""
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
-        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         out = open(os.devnull, "w") if RANK else sys.stdout
         err = out if RANK else sys.stderr
         try:
