@@ -80,11 +80,14 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
     slots = max(map(len, prompts), default=0) + max_new_tokens
     if slots > find_context(model):
         raise UserError(f"a prompt and its answer take {slots} tokens, over the model's context")
+    temperature = 0 if temperature < 1e-4 else temperature  # the logits would overflow
     with eval_mode(model):
-        together = decodes_ragged(model, slots)
-        make_decoder = RaggedDecoder if together else RowDecoder
-        size = len(prompts) + 1 if together else 1
-        for rows in cut_by_length(model, prompts, size):  # rows[b]: the prompt that row b answers
+        make_decoder = RowDecoder
+        batches = [[i] for i in range(len(prompts))]
+        if prompts and decodes_ragged(model, slots):
+            make_decoder = RaggedDecoder
+            batches = [list(range(len(prompts)))]
+        for rows in batches:  # rows[b]: the prompt that row b of the batch answers
             decoder = make_decoder(model, [prompts[i] for i in rows], slots)
             alive = rows
             while alive:
@@ -375,12 +378,12 @@ def encode_turns(tokenizer, turns):
     """The ids of a conversation [(role, text)] and the header of an answer; the template writes the
     BOS. Of a text only what spells a special token is changed. Raises UserError."""
     chat = render(tokenizer, [role for role, _ in turns])
-    for i, (_, text) in enumerate(turns):
-        chat = chat.replace(MARKER.format(i), break_special(tokenizer, text))
+    texts = {MARKER.format(i): break_special(tokenizer, text) for i, (_, text) in enumerate(turns)}
+    chat = re.sub("|".join(texts), lambda m: texts[m[0]], chat)
     return tokenizer(chat, add_special_tokens=False).input_ids
 
 
-def render(tokenizer, roles):
+def render(tokenizer, roles, open_answer=True):
     """What the chat template writes of a turn of each role, a MARKER its text, and of an answer's
     header. So no template sees, trims or runs a query. Raises UserError."""
     texts = [MARKER.format(i) for i in range(len(roles))]
@@ -390,7 +393,7 @@ def render(tokenizer, roles):
         try:
             chat = tokenizer.apply_chat_template(
                 turns, chat_template=None if tokenizer.chat_template else PLAIN, tokenize=False,
-                enable_thinking=False, add_generation_prompt=True)
+                enable_thinking=False, add_generation_prompt=open_answer)
         except Exception as e:  # jinja: a template is data, and may raise anything
             raise UserError(f"the chat template fails: {type(e).__name__}: {e}") from None
         if all(text in chat for text in texts):
@@ -408,6 +411,7 @@ def find_controls(tokenizer):
 def break_special(tokenizer, text):
     """`text` with a space in what spells a special token, or an added one that the chat template
     writes itself: a query stays data. Everything else stays to the letter."""
+    text.encode()  # raises UnicodeError: what is typed, or a flag, may be no UTF-8
     for token in find_controls(tokenizer).values():
         text = text.replace(token, f"{token[0]} {token[1:]}" if token[1:] else " ")
     return text
@@ -419,7 +423,7 @@ def find_stop_ids(model, tokenizer):
     eos = model.generation_config.eos_token_id
     found = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id}
     with contextlib.suppress(UserError):  # it knows no answers, or there is none
-        chat = render(tokenizer, ["user", "assistant", "user"])
+        chat = render(tokenizer, ["user", "assistant"], open_answer=False)
         after = chat.partition(MARKER.format(1))[2].lstrip()
         found.update(i for i, token in find_controls(tokenizer).items() if after.startswith(token))
     return sorted(found - {None})
@@ -444,7 +448,8 @@ def read_template(name, flag="--teacher-prompt"):
         path = named if named.is_file() else Path(find_path(name))
         text = path.read_text(encoding="utf-8-sig").strip()
     except (OSError, ValueError):
-        raise UserError(f"{flag} {name}: no readable file, nor one of data/prompts") from None
+        names = ", ".join(sorted(path.stem for path in named.parent.glob("*.txt")))
+        raise UserError(f"{flag} {name}: neither a readable file nor one of {names}") from None
     if "{query" not in text:
         raise UserError(f"{flag} {name}: names neither {{query}} nor {{query_en}}")
     return text
@@ -532,6 +537,7 @@ def number(low, high=1e30, kind=float):
         if not low <= x <= high:
             raise argparse.ArgumentTypeError(f"must be from {low} to {high}, not {text}")
         return x
+    parse.__name__ = kind.__name__  # argparse says "invalid int value"
     return parse
 
 
@@ -559,7 +565,7 @@ def find_device(name, dtype="auto"):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it plans anew for every shape
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, ImportError):
+    except (RuntimeError, AssertionError, AttributeError, ImportError):
         raise UserError(f"no device {name} here for process {RANK}: try --device auto") from None
     if dtype == "auto":
         narrow = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -600,7 +606,6 @@ def main(args):
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
     for line in [args.prompt] if args.prompt else sys.stdin:
-        line.encode()  # raises UnicodeError
         [response] = sample(
             model, [encode_chat(tokenizer, line.strip(), args.system)],
             max_new_tokens=args.max_new_tokens, stop_ids=find_stop_ids(model, tokenizer),

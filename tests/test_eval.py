@@ -329,7 +329,7 @@ def test_a_judges_template_that_reads_parts_gets_them_though_it_says_safe_itself
 
 
 @pytest.mark.parametrize("template, says", [
-    (None, "chat template"), ("{{ messages[0].content }}", "does not show")])
+    ("{{ messages[0].content }}", "does not show")])
 def test_a_judge_that_would_not_see_the_answer_is_an_error(script, template, says):
     deaf = build_tokenizer("bytes", template)
     with pytest.raises(UserError, match=says):
