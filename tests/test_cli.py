@@ -357,7 +357,7 @@ def tables(monkeypatch):
     """The tables that are printed, each (rows, items)."""
     found = []
 
-    def show(run, base):
+    def show(run):
         found.append(([row for row, _ in run], sum((items for _, items in run), [])))
     monkeypatch.setattr(msd.evaluation, "print_rates", show)
     return found
@@ -539,7 +539,7 @@ def test_from_another_folder_it_trains_its_own_model_on_its_own_queries(
     assert n == 8 and student <= 2 and teacher >= 6 and flips >= 5  # there is much to learn
     assert found["benign"][2] <= 2
     rows, _ = tables[-1]
-    assert {row["lang"] for row in rows} == {"jv", "en"}
+    assert {row["lang"] for row in rows} == {"jv", "en", "sw"}
 
 
 # --- a run goes on ---
@@ -774,7 +774,7 @@ MISTAKES = [
     "--lang ,", "--source-lang xx", "--label qa", "--teacher-prompt nobody",
     "--teacher-prompt /", "--teacher-prompt LICENSE", "--model /nowhere", "--data /nowhere.csv",
     "--eval-data /nowhere.csv", "--resume", "--beta 0", "--beta 1",
-    "--system \udcff", "--max-new-tokens 600", "more"]
+    "--max-new-tokens 600", "more"]
 
 
 @pytest.mark.parametrize("flags", MISTAKES)
