@@ -142,12 +142,21 @@ class RaggedDecoder:
             slots += -slots % 128  # few shapes, and aligned ones
         lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)  # (B, 1)
         self.positions = lengths - 1  # of the token that is read
-        read = DynamicCache()
-        hidden, head = read_rows(model, prompts, past_key_values=read)  # (B, T, H)
-        self.logits = head(hidden[range(len(prompts)), self.positions[:, 0]])  # (B, V)
-        self.cache = Cache([StaticLayer(slots) for _ in read.layers])
-        for i, layer in enumerate(read.layers):
-            self.cache.update(layer.keys, layer.values, i)
+        ends = [None] * len(prompts)
+        self.cache = Cache([])
+        for rows in reversed(cut_by_length(model, prompts)):  # the longest say how much is read
+            part = DynamicCache()
+            hidden, head = read_rows(model, [prompts[b] for b in rows], past_key_values=part)
+            for b, states in zip(rows, hidden):
+                ends[b] = states[len(prompts[b]) - 1]  # (H,)
+            for i, read in enumerate(part.layers):
+                if len(self.cache.layers) == i:
+                    self.cache.layers.append(StaticLayer(slots))
+                    shape = (len(prompts), -1, -1, -1)
+                    self.cache.update(read.keys[:1].expand(shape), read.values[:1].expand(shape), i)
+                self.cache.layers[i].keys[rows, :, :hidden.shape[1]] = read.keys
+                self.cache.layers[i].values[rows, :, :hidden.shape[1]] = read.values
+        self.logits = head(torch.stack(ends))  # (B, V)
         closed = torch.arange(slots, device=model.device) >= lengths  # (B, slots)
         mask = closed[:, None, None].to(self.logits)  # in its dtype: CUDA's attention wants that
         self.mask = mask * torch.finfo(mask.dtype).min
@@ -274,14 +283,19 @@ def pad_right(rows, device):
     return pad_sequence(ids, batch_first=True), pad_sequence(mask, batch_first=True)
 
 
-def cut_by_length(model, rows, size):
-    """Rows of ids -> lists of up to `size` indices, by length, so that little is padding. Where
-    positions depend on the longest row: each alone."""
-    lengths = list(map(len, rows))
-    if max(lengths, default=0) > find_rope_limit(model):
+def cut_by_length(model, rows, size=math.inf):
+    """Rows of ids -> lists of up to `size` indices, by length: none is longer than 5/4 of another
+    and 8 tokens, so little is padding. Where positions depend on the longest row: each alone."""
+    if max(map(len, rows), default=0) > find_rope_limit(model):
         size = 1
-    order = sorted(range(len(rows)), key=lengths.__getitem__)
-    return [order[i:i + size] for i in range(0, len(rows), size)]
+    batches = []
+    most = -1  # tokens of a row of the last batch
+    for i in sorted(range(len(rows)), key=lambda i: len(rows[i])):
+        if len(rows[i]) > most or len(batches[-1]) == size:
+            batches.append([])
+            most = 1.25 * len(rows[i]) + 8
+        batches[-1].append(i)
+    return batches
 
 
 def read_rows(model, rows, **cache):
@@ -306,7 +320,7 @@ def response_hidden(model, prompts, responses):
     rows = [p + r for p, r in zip(prompts, responses)]
     check_ids(model, rows)
     shifted = [None] * len(rows)
-    for batch in cut_by_length(model, rows, len(rows)):
+    for batch in cut_by_length(model, rows):
         hidden, head = read_rows(model, [rows[i] for i in batch])  # (B, all tokens, H)
         for i, states in zip(batch, hidden):  # what is read at t − 1 predicts t
             shifted[i] = states[len(prompts[i]) - 1:len(rows[i]) - 1]
