@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import cached_file
 
 from data.queries import LANGUAGES, UserError
 
@@ -597,17 +598,48 @@ def need(package, purpose):
         raise UserError(f"to {purpose}, pip install {package}") from None
 
 
+def check_weights(name, missing, extra):
+    """Weights that a file lacks are an error, and those that have no place are told."""
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights, as {max(missing)}")
+    if extra:
+        tell(f"warning: {len(extra)} weights of {name} have no place, as {max(extra)}")
+
+
 def load_model(name, device, dtype):
     """(model in eval mode, tokenizer) from a local folder or a Hugging Face id; an adapter loads
     with its base. Reads safetensors only, never runs a model's own code. Raises UserError."""
+    def find(file, name=name, revision="main"):
+        return cached_file(name, file, revision=revision,
+                           _raise_exceptions_for_missing_entries=False)
+
     try:
+        base = name
+        revision = "main"
+        adapter = find("adapter_config.json")
+        if not adapter and not find("config.json"):
+            raise ValueError("no folder of that name holds a model, and the hub gave none")
+        if adapter:
+            peft = need("peft", "load a LoRA adapter")
+            config = peft.PeftConfig.from_pretrained(name)
+            base = config.base_model_name_or_path
+            revision = config.revision or "main"
+            if config.is_prompt_learning or find("adapter_config.json", base, revision):
+                raise ValueError("an adapter of virtual tokens, or on top of another, is not read: "
+                                 "merge the other into its base first")
+        home = name if find("tokenizer_config.json") else base
+        tokenizer = AutoTokenizer.from_pretrained(
+            home, trust_remote_code=False, revision=revision if home == base else "main")
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False,
+            base, dtype=dtype, use_safetensors=True, trust_remote_code=False, revision=revision,
             output_loading_info=True)
-        if report["missing_keys"]:
-            raise ValueError(f"weights are missing, as {max(report['missing_keys'])}")
-        home = name if Path(name, "tokenizer_config.json").is_file() else model.name_or_path
-        tokenizer = AutoTokenizer.from_pretrained(home, trust_remote_code=False)
+        check_weights(base, report["missing_keys"], report["unexpected_keys"])
+        if adapter:
+            model = peft.get_peft_model(model, config)
+            report = model.load_adapter(name, "default")
+            check_weights(name, report.missing_keys, report.unexpected_keys)
+    except UserError:
+        raise
     except Exception as e:
         raise UserError(f"cannot load a model from {name}: {type(e).__name__}: {e}") from None
     return model.to(device).eval(), tokenizer

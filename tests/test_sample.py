@@ -387,14 +387,14 @@ def test_missing_and_renamed_weights_are_one_line_that_names_some_and_tied_ones_
     assert any(key in error for key in weights)
 
 
-def test_a_folder_without_safetensors_or_model_is_one_line_that_names_it(folder):
+def test_a_folder_without_safetensors_or_model_says_which(folder):
     save_adapter(folder, folder / "a", base_model_name_or_path="/gone/base")
-    assert "/gone/base" in fails_to_load(folder / "a")
+    assert "no such folder as /gone/base" in fails_to_load(folder / "a")
     file = folder / "model.safetensors"
     torch.save(safetensors.torch.load_file(file), folder / "pytorch_model.bin")
     file.unlink()
     assert "safetensors" in fails_to_load(folder)
-    assert str(folder / "none") in fails_to_load(folder / "none")
+    assert "no such folder" in fails_to_load(folder / "none")
 
 
 def test_code_that_comes_with_a_model_never_runs(folder, tmp_path, monkeypatch):
@@ -415,13 +415,39 @@ def test_an_adapter_loads_with_its_base_and_the_bases_tokenizer(folder, tmp_path
     assert is_same(model, student) and tokenizer.chat_template == CHATML
 
 
+def test_an_adapter_on_the_hub_loads_with_the_revision_of_its_base_that_it_names(
+        tmp_path, monkeypatch):
+    def place(name, revision):
+        """The folder of a model on the hub, as a cache holds it."""
+        repository = tmp_path / f"models--me--{name}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / revision).write_text(revision)
+        return repository / "snapshots" / revision
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    tokenizer = build_tokenizer("bytes", CHATML)
+    for seed, revision in enumerate(("v1", "main")):
+        base = place("base", revision)
+        build_model("Llama", seed, vocab_size=len(tokenizer)).save_pretrained(base)
+        tokenizer.save_pretrained(base)
+    student = save_adapter(place("base", "v1"), place("adapter", "main"),
+                           base_model_name_or_path="me/base", revision="v1")
+    assert is_same(load("me/adapter")[0], student)
+
+
 def test_an_adapter_that_is_more_than_added_weights_is_one_line(folder, tmp_path):
     save_adapter(folder, tmp_path / "first")
     save_adapter(folder, tmp_path / "second", base_model_name_or_path=str(tmp_path / "first"))
-    assert "first" in fails_to_load(tmp_path / "second")
+    assert "is not read" in fails_to_load(tmp_path / "second")
     config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     peft.get_peft_model(load(folder)[0], config).save_pretrained(tmp_path / "virtual")
-    fails_to_load(tmp_path / "virtual")
+    assert "is not read" in fails_to_load(tmp_path / "virtual")
+
+
+def test_an_adapters_weights_that_have_no_place_are_told(folder, tmp_path, capsys):
+    save_adapter(folder, tmp_path / "a", target_modules=["q_proj"])
+    load(tmp_path / "a")
+    assert "have no place" in capsys.readouterr().err
 
 
 def test_a_file_here_goes_before_one_beside_the_program(tmp_path, monkeypatch):
