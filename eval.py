@@ -267,7 +267,7 @@ def read_items(path, refusals):
     """
     with told_in_a_line(f"--rejudge {path}"):
         with open(path, encoding="utf-8") as file:
-            items = [{**json.loads(line), "judge_raw": None} for line in file]
+            items = [{**json.loads(line), "judge_raw": None} for line in file if line.strip()]
         run = make_rows(sorted(items, key=itemgetter("lang", "label")), path)
         measure(run, refusals)
     return run
@@ -371,6 +371,11 @@ def report(args, runs):
 
 def main(args):
     """Answer and judge, or judge kept answers again. Whatever fails, what was measured is told."""
+    if WORLD > 1:
+        raise UserError("eval.py works in one process: start it without torchrun")
+    stem = str(args.out).removesuffix(".json")
+    if args.rejudge == f"{stem}.items.jsonl":
+        raise UserError(f"--out {args.out} would replace the answers of --rejudge: name another")
     form = None
     with told_in_a_line("cannot judge"):
         refusals = load_refusals(args.refusals)
@@ -407,7 +412,7 @@ def build_parser():
     parser.add_argument("--data", type=find_path, action="append",
                         help="repeatable; default: data/queries.csv")
     parser.add_flags(
-        ("--base", find_path, None, "compare against this model, or kept answers"),
+        ("--base", find_path, None, "compare against this model; of --rejudge: these kept answers"),
         ("--rejudge", str, None, "judge a FILE.items.jsonl again, and --base likewise"),
         ("--lang", str, None, "jv,sw,en; default: what the model was trained on and from, or en"),
         ("--label", list(MAIN_RATE), None, "of data without a label column"),

@@ -195,12 +195,13 @@ def read_parts(path, langs):
     joins them, None by position). English is among them where there is any."""
     first, *named = re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
     files = dict(zip(map(str.lower, named[::2]), named[1::2]))
-    if 2 * len(files) < len(named) or not first and not set(langs) <= set(files):
+    lower = list(map(str.lower, langs))
+    if 2 * len(files) < len(named) or not first and not set(lower) <= set(files):
         raise fail(path, f"name one file for each of {', '.join(langs)}, and none twice")
     parts = {}
     for lang in dict.fromkeys(["en", *langs]):
-        if file := files.get(lang, first):
-            part = take_texts(file, lang, langs, is_own=not first)
+        if file := files.get(lang.lower(), first):
+            part = take_texts(file, lang.lower(), lower, is_own=not first)
             if part:
                 parts[lang] = part
 
@@ -228,7 +229,7 @@ def take_texts(path, lang, langs, is_own):
     a column names them. is_own: all of the file is in it. None is an error for one of `langs`, as
     several are."""
     rows = read_file(path, lang)
-    is_own = is_own or BARE in rows[0] and list(langs) == [lang]
+    is_own = is_own or BARE in rows[0] and langs == [lang]
     if language := find_language(rows[0]):
         is_own = True
         n = len(rows)

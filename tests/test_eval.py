@@ -578,6 +578,7 @@ def test_what_is_held_out_by_its_own_text_is_warned_of(folders, tmp_path, capsys
     (["--judge", "Qwen3Guard/merged"], "--judge-format"),
     (["--refusals", "absent.json"], "absent.json"),
     (["--rejudge", "absent.jsonl"], "absent.jsonl"),
+    (["--rejudge", "r.items.jsonl", "--out", "r.json"], "would replace"),
     (["--rejudge", "{root}/q.csv"], "--rejudge"),
     (["--rejudge", "{tmp}/odd.jsonl"], "--rejudge"),
     (["--rejudge", "{tmp}/good.jsonl", "--base", "x"], "--rejudge x"),

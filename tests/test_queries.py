@@ -332,6 +332,12 @@ def test_empty_columns_and_blank_rows_do_not_move_the_rows(write_each):
     assert texts(queries, "ru") == ["Раз", "Четыре"]
 
 
+def test_a_language_may_be_asked_for_in_any_case(write):
+    path = write("a.csv", "en,zh-CN\nRain?,雨？\n")
+    assert read(path, "zh-CN") == ["雨？"]
+    assert read("zh-CN=" + write("a.txt", "雨？\n"), "zh-CN") == ["雨？"]
+
+
 def test_a_file_without_a_header_is_of_one_language(write):
     path = write("a.txt", "A text.\n")
     assert read(path, "sw") == ["A text."]

@@ -12,6 +12,7 @@ import peft
 import pytest
 import safetensors.torch
 import torch
+import transformers
 from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -81,6 +82,13 @@ def test_the_mask_has_the_querys_dtype_which_attention_on_a_gpu_asks_for(monkeyp
         return attend(query, *args, attn_mask=attn_mask, **kw)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend_strictly)
     assert program.decodes_ragged(build_model("Llama").bfloat16(), 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_alibi_is_seen_in_a_model_of_small_weights_too(dtype):
+    config = transformers.MptConfig(d_model=64, n_heads=4, n_layers=2, vocab_size=100)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().to(dtype)
+    assert not program.decodes_ragged(model, 16)
 
 
 def test_an_encoder_that_was_made_a_decoder_is_one():
@@ -298,6 +306,17 @@ def test_a_special_token_or_one_that_the_template_writes_is_broken_in_one_way_on
     assert [i for i in got if i in controls] == [controls[4], controls[4], controls[3]]
 
 
+def test_what_a_template_puts_together_is_broken_in_a_query_and_ends_an_answer():
+    template = ("{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|' + 'eot|>' }}"
+                "{% endfor %}")
+    marks = ("<|user|>", "<|eot|>")
+    tokenizer = build_tokenizer("bytes", template, marks)
+    user, eot = tokenizer.convert_tokens_to_ids(marks)
+    ids = encode_chat(tokenizer, "hi <|user|> <|eot|>")
+    assert ids.count(user) == ids.count(eot) == 1
+    assert eot in find_stop_ids(build_model("Llama"), tokenizer)
+
+
 @pytest.mark.parametrize("query", ["What is rain?", "safe"])  # the template says "safe" itself
 def test_a_template_that_reads_parts_gets_parts(query):
     tokenizer = build_tokenizer("bytes", PARTS)
@@ -389,12 +408,12 @@ def test_missing_and_renamed_weights_are_one_line_that_names_some_and_tied_ones_
 
 def test_a_folder_without_safetensors_or_model_says_which(folder):
     save_adapter(folder, folder / "a", base_model_name_or_path="/gone/base")
-    assert "no such folder as /gone/base" in fails_to_load(folder / "a")
+    assert "/gone/base" in fails_to_load(folder / "a")
     file = folder / "model.safetensors"
     torch.save(safetensors.torch.load_file(file), folder / "pytorch_model.bin")
     file.unlink()
     assert "safetensors" in fails_to_load(folder)
-    assert "no such folder" in fails_to_load(folder / "none")
+    assert str(folder / "none") in fails_to_load(folder / "none")
 
 
 def test_code_that_comes_with_a_model_never_runs(folder, tmp_path, monkeypatch):
@@ -413,6 +432,17 @@ def test_an_adapter_loads_with_its_base_and_the_bases_tokenizer(folder, tmp_path
     monkeypatch.chdir(tmp_path)
     model, tokenizer = load("a")
     assert is_same(model, student) and tokenizer.chat_template == CHATML
+
+
+def test_an_adapter_keeps_its_float32_over_a_bfloat16_base(folder, tmp_path):
+    student = save_adapter(folder, tmp_path / "a", base_model_name_or_path=str(folder))
+    model, _ = load_model(str(tmp_path / "a"), torch.device("cpu"), torch.bfloat16)
+    found = {name: p.dtype for name, p in model.named_parameters()}
+    assert {dtype for name, dtype in found.items() if "lora_" in name} == {torch.float32}
+    assert {dtype for name, dtype in found.items() if "lora_" not in name} == {torch.bfloat16}
+    for name, p in student.named_parameters():
+        if "lora_" in name:
+            assert p.equal(model.get_parameter(name))
 
 
 def test_an_adapter_on_the_hub_loads_with_the_revision_of_its_base_that_it_names(
