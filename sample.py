@@ -659,6 +659,8 @@ def main(args):
         raise UserError("--prompt is empty")
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
+    if not args.prompt and sys.stdin.isatty():
+        tell("one query a line; Ctrl-D ends")
     for line in [args.prompt] if args.prompt else sys.stdin:
         [response] = sample(
             model, [encode_chat(tokenizer, line.strip(), args.system)],
