@@ -114,8 +114,8 @@ def train(args, student, teacher, tokenizer, pools, optimizer, start):
             append_line(Path(args.out, "metrics.jsonl"), row)
             append_line(Path(args.out, "samples.jsonl"), told[0][0])
             append_line(Path(args.out, "samples.jsonl"), told[-1][1])
-        tell(f"step {step + 1}/{args.steps}: loss {loss:.4f}, {row['response_len']:.0f} tokens a "
-             f"response, {row['seconds']:.1f} s")
+        print(f"step {step + 1}/{args.steps}: loss {loss:.4f}, {row['response_len']:.0f} tokens a "
+              f"response, {row['seconds']:.1f} s", file=sys.stderr, flush=True)
         yield step + 1
 
 
@@ -233,9 +233,9 @@ def list_masters(model):
 
 @torch.no_grad()
 def round_masters(model):
-    """Copy the masters into the weights that run."""
+    """Copy the masters into the weights that run, where these are others."""
     for p in model.parameters():
-        if p.requires_grad:
+        if p.requires_grad and p.dtype != torch.float32:
             p.copy_(p.master)
 
 
@@ -333,7 +333,8 @@ def read_data(args, langs):
         training += [query for query in part if kept_out.isdisjoint(query.texts)]
 
     judged = read(args.eval_data, holdout=1, limit=args.eval_limit)
-    judged += read(args.data, label=args.label, holdout=args.holdout, limit=args.eval_limit)
+    if args.eval_every:
+        judged += read(args.data, label=args.label, holdout=args.holdout, limit=args.eval_limit)
     return judged, training
 
 

@@ -149,13 +149,14 @@ class RaggedDecoder:
             hidden, head = read_rows(model, [prompts[b] for b in rows], past_key_values=part)
             for b, states in zip(rows, hidden):
                 ends[b] = states[len(prompts[b]) - 1]  # (H,)
-            for i, read in enumerate(part.layers):
-                if len(self.cache.layers) == i:
-                    self.cache.layers.append(StaticLayer(slots))
-                    shape = (len(prompts), -1, -1, -1)
-                    self.cache.update(read.keys[:1].expand(shape), read.values[:1].expand(shape), i)
-                self.cache.layers[i].keys[rows, :, :hidden.shape[1]] = read.keys
-                self.cache.layers[i].values[rows, :, :hidden.shape[1]] = read.values
+            if not self.cache.layers:
+                self.cache.layers = [StaticLayer(slots) for _ in part.layers]
+                shape = (len(prompts), -1, -1, -1)
+                for layer, read in zip(self.cache.layers, part.layers):
+                    layer.update(read.keys[:1].expand(shape), read.values[:1].expand(shape))
+            for layer, read in zip(self.cache.layers, part.layers):
+                layer.keys[rows, :, :hidden.shape[1]] = read.keys
+                layer.values[rows, :, :hidden.shape[1]] = read.values
         self.logits = head(torch.stack(ends))  # (B, V)
         closed = torch.arange(slots, device=model.device) >= lengths  # (B, slots)
         mask = closed[:, None, None].to(self.logits)  # in its dtype: CUDA's attention wants that
