@@ -291,7 +291,7 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         except UserError as e:
             errors[path, lang] = e
             continue
-        if len(langs) > 1 and BARE in queries[0].extra and f"{lang}=" not in path:
+        if len(langs) > 1 and BARE in queries[0].extra and not re.match(r"\s*[\w-]+\s*=", path):
             raise UserError(f"{path} names no language: say whose it is, as {lang}={path}")
         # the first of its texts is English, if any is; the last is in `lang`
         is_split = 0 < holdout < 1 and lang not in ("en", source_lang)
@@ -374,8 +374,9 @@ def main(args):
     if WORLD > 1:
         raise UserError("eval.py works in one process: start it without torchrun")
     stem = str(args.out).removesuffix(".json")
-    if args.rejudge == f"{stem}.items.jsonl":
-        raise UserError(f"--out {args.out} would replace the answers of --rejudge: name another")
+    written = [str(args.out), f"{stem}.items.jsonl", f"{stem}.base.items.jsonl"]
+    if {args.rejudge, args.base, *(args.data or [])} & set(map(find_path, written)):
+        raise UserError(f"--out {args.out} would replace what is read: name another")
     form = None
     with told_in_a_line("cannot judge"):
         refusals = load_refusals(args.refusals)
@@ -413,7 +414,7 @@ def build_parser():
                         help="repeatable; default: data/queries.csv")
     parser.add_flags(
         ("--base", find_path, None, "compare against this model; of --rejudge: these kept answers"),
-        ("--rejudge", str, None, "judge a FILE.items.jsonl again, and --base likewise"),
+        ("--rejudge", find_path, None, "judge a FILE.items.jsonl again, and --base likewise"),
         ("--lang", str, None, "jv,sw,en; default: what the model was trained on and from, or en"),
         ("--label", list(MAIN_RATE), None, "of data without a label column"),
         ("--split", ["holdout", "all"], "holdout", "which part of the data"),

@@ -38,8 +38,8 @@ LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>q
 QUESTION_AND_ANSWER = r"\s*[^\t\n]*([?？؟!.。।] ?\t|\t\W?\d)[^\t\n]*(\n|\Z)"
 CHAT = r"""\s*\[\s*\{.*['"](from|role)['"]\s*:"""
 ROW_ID = r"\S*|\S+\s\S*\d\S*"  # as 17, q17 or row 17; a text has several words
-# columns that hold no texts; pandas calls an index unnamed
-NO_TEXT = "language|lang|label|expected_behavior|answer|choices|options|.*id|unnamed.*"
+# columns that hold no texts: a choice, an index, which pandas calls unnamed or nothing …
+NO_TEXT = "language|lang|label|expected_behavior|answer|choices|options|.*id|unnamed.*|[a-j]?"
 
 with open(os.path.join(os.path.dirname(__file__), "prompts/languages.json")) as f:
     LANGUAGES = json.load(f)
@@ -196,7 +196,7 @@ def read_parts(path, langs):
     first, *named = re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
     files = dict(zip(map(str.lower, named[::2]), named[1::2]))
     lower = list(map(str.lower, langs))
-    if 2 * len(files) < len(named) or not first and not set(lower) <= set(files):
+    if "" in named or 2 * len(files) < len(named) or not first and not set(lower) <= set(files):
         raise fail(path, f"name one file for each of {', '.join(langs)}, and none twice")
     parts = {}
     for lang in dict.fromkeys(["en", *langs]):
@@ -228,7 +228,7 @@ def take_texts(path, lang, langs, is_own):
     """[(cell, row), …] of the one column of a file that holds lang's texts, of the rows in it where
     a column names them. is_own: all of the file is in it. None is an error for one of `langs`, as
     several are."""
-    rows = read_file(path, lang)
+    rows = read_file(path, langs)
     is_own = is_own or BARE in rows[0] and langs == [lang]
     if language := find_language(rows[0]):
         is_own = True
@@ -253,7 +253,7 @@ def take_texts(path, lang, langs, is_own):
     return [(row.get(found[0]), row) for row in rows] if found else []
 
 
-def read_file(path, lang):
+def read_file(path, langs):
     """A file -> rows. A column id or prompt_id of texts, of Indonesian, gets its name in capitals.
     """
     try:
@@ -263,7 +263,7 @@ def read_file(path, lang):
         raise fail(path, f"{e}; give UTF-8 CSV, TSV, JSONL or JSON") from None
     if BARE in rows[0]:  # the first cell is the column's name, or it has none
         first = clean(rows[0][BARE])
-        is_name = len(rows) > 1 and read_code(first) in (*ALIASES, *CODES.values(), lang)
+        is_name = len(rows) > 1 and read_code(first) in (*ALIASES, *CODES.values(), *langs)
         taken = "the column's name" if is_name else "a query"
         tell(path, f"its first line is taken for {taken}: {first!r}")
         if is_name:
@@ -290,7 +290,7 @@ def find_language(row):
 
 def read_code(name):
     """The language that a column or a language's name is of, if it is of one."""
-    name = name.lower().removeprefix("prompt_")
+    name = re.sub("^prompt[_ ]|[_ ]prompt$", "", name.lower())
     return CODES.get(name, name)
 
 

@@ -557,7 +557,7 @@ def test_a_file_that_names_no_language_is_of_one_language(tmp_path):
         read_heldout([str(path)], ["en", "sw"], holdout=1)
     for name, text in (("w.csv", "en,sw\n3 + 4 =,3 + 4 =\n"), ("e.txt", "3 + 4 =\n")):
         (tmp_path / name).write_text(text)
-    named = f"en={tmp_path}/e.txt,sw={tmp_path}/e.txt"
+    named = f"EN = {tmp_path}/e.txt,sw={tmp_path}/e.txt"
     assert len(read_heldout([str(tmp_path / "w.csv"), named], ["en", "sw"], holdout=1)) == 4
 
 
@@ -578,7 +578,12 @@ def test_what_is_held_out_by_its_own_text_is_warned_of(folders, tmp_path, capsys
     (["--judge", "Qwen3Guard/merged"], "--judge-format"),
     (["--refusals", "absent.json"], "absent.json"),
     (["--rejudge", "absent.jsonl"], "absent.jsonl"),
-    (["--rejudge", "r.items.jsonl", "--out", "r.json"], "would replace"),
+    (["--rejudge", "{tmp}/good.items.jsonl", "--out", "{tmp}/./good.json"], "would replace"),
+    (["--rejudge", "{tmp}/good.items.jsonl", "--out", "{tmp}/good.items.jsonl"], "would replace"),
+    (["--rejudge", "x", "--base", "{tmp}/x.base.items.jsonl", "--out", "{tmp}/x.json"],
+     "would replace"),
+    (["--data", "{root}/q.csv", "--out", "{root}/q.csv"], "would replace"),
+    (["--data", "en=,jv="], "name one file for each"),
     (["--rejudge", "{root}/q.csv"], "--rejudge"),
     (["--rejudge", "{tmp}/odd.jsonl"], "--rejudge"),
     (["--rejudge", "{tmp}/good.jsonl", "--base", "x"], "--rejudge x"),
@@ -590,7 +595,8 @@ def test_what_is_held_out_by_its_own_text_is_warned_of(folders, tmp_path, capsys
 def test_what_a_user_gets_wrong_is_one_line_and_exit_code_two(
         brief, folders, tmp_path, flags, says):
     [item] = make_items("harmful", HELPED)
-    write_items(tmp_path / "good.jsonl", [item])
+    for name in ("good.jsonl", "good.items.jsonl", "x.base.items.jsonl"):
+        write_items(tmp_path / name, [item])
     write_items(tmp_path / "odd.jsonl", [{**item, "response": None}])
     code, _, err = brief(*[flag.format(root=folders, tmp=tmp_path) for flag in flags])
     last = err.strip().splitlines()[-1]

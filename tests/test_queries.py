@@ -325,6 +325,22 @@ def test_the_name_of_a_column_is_taken_for_one_and_it_says_so(write_each, capsys
     assert f"is taken for the column's name: '{first}'" in capsys.readouterr().err
 
 
+def test_a_first_line_is_told_of_once(write, capsys):
+    assert read(write("a.txt", "bbc\nHorja\n"), "bbc") == ["Horja"]
+    assert "a query" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", ["prompt,sw_prompt", "prompt,Swahili prompt"])
+def test_of_several_texts_the_one_that_names_the_language_is_meant(write, columns):
+    assert read("sw=" + write("a.csv", f"{columns}\nHi,Habari\n"), "sw") == ["Habari"]
+
+
+def test_an_index_and_choices_are_no_texts(write):
+    assert read("sw=" + write("a.csv", ",text\n0,Habari\n"), "sw") == ["Habari"]
+    path = write("b.csv", "Question,A,B,C,D,Answer\nHabari?,1,2,3,4,A\n")
+    assert texts(load_queries(f"sw={path}", ["sw"], "qa"), "sw") == ["Habari?"]
+
+
 def test_empty_columns_and_blank_rows_do_not_move_the_rows(write_each):
     path = write_each(en='"One, two",,\nThree,,\nFour,,\n', ru='Раз\n""\nЧетыре\n')
     queries = load_queries(path, ["en", "ru"])
