@@ -22,7 +22,9 @@ import json
 import math
 import os
 import random
+import re
 import sys
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -34,7 +36,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import eval as evaluation
 from data.judges import find_phrases, keyword_verdict, load_refusals, read_json
-from data.queries import load_queries, split
+from data.queries import load_queries, normalise, split
 from dpsw import CHOICES, dpsw_loss_chunked
 from eval import append_line, pool, split_langs, told_in_a_line, write
 from sample import (
@@ -330,7 +332,8 @@ def read_data(args, langs):
     for path in args.data:
         queries = load_queries(path, [args.source_lang, *langs], args.label)
         part = split(queries, args.holdout)[0]
-        training += [query for query in part if kept_out.isdisjoint(query.texts)]
+        training += [query for query in part if kept_out.isdisjoint(
+            query.texts + [normalise(str(cell)) for cell in query.extra.values()])]
 
     judged = read(args.eval_data, holdout=1, limit=args.eval_limit)
     if args.eval_every:
@@ -412,7 +415,9 @@ def start_out(args):
     """Make --out with its args.json; the files of an earlier run go, but under --resume."""
     if not args.resume:
         for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
-            if not old.is_dir():  # what lies deeper is not of a run
+            # what lies deeper is not of a run, nor is what this one reads
+            read = f"{args.data} {args.eval_data} {args.teacher_prompt}"
+            if not old.is_dir() and old.name not in read:
                 old.unlink()
     write(Path(args.out, "args.json"), json.dumps(vars(args), indent=1))
 
@@ -438,6 +443,8 @@ def load_checkpoint(args, student, teacher, optimizer):
         if state["queries"] != args.queries:
             raise UserError(f"--resume {args.out}: the queries to train on are no longer its own "
                             "(is --eval-data another?)")
+        if state["step"] > args.steps:
+            raise UserError(f"--resume: {args.out} has done {state['step']} of {args.steps} steps")
         weights = list_masters(student) + list_masters(teacher)
         for weight, saved in zip(weights, state["weights"], strict=True):
             weight.copy_(saved)
@@ -453,7 +460,7 @@ def save_model(args, student, tokenizer):
     """Leave an ordinary Hugging Face (or PEFT adapter) folder with a model card."""
     student.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    files = ", ".join(Path(path).name for path in args.data)
+    files = ", ".join(re.sub("[^=,]*/", "", path) for path in args.data)  # names are enough
     write(Path(args.out, "README.md"), CARD.format(**{**vars(args), "data": files}))
 
 
@@ -538,8 +545,9 @@ def main(args):
     pools = make_pools(args, student, tokenizer, langs, queries)
     optimizer = make_optimizer(args, student)
     step = load_checkpoint(args, student, teacher, optimizer) if args.resume else 0
-    if RANK == 0:
-        start_out(args)
+    if RANK == 0:  # found before anything slow is done
+        os.makedirs(args.out, exist_ok=True)
+        tempfile.TemporaryFile(dir=args.out).close()
     print(f"msd: {args.model} on {student.device} in {student.dtype}; to train on are "
           f"{len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries",
           flush=True)
@@ -558,6 +566,8 @@ def main(args):
         if args.preflight:
             preflight(args, student, teacher, tokenizer, pools)
         show_table()
+    if RANK == 0:
+        start_out(args)
     for step in train(args, student, teacher, tokenizer, pools, optimizer, step):
         is_last = step == args.steps
         if RANK == 0 and args.save_every and (is_last or step % args.save_every == 0):

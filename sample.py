@@ -55,7 +55,7 @@ def sample_next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=Non
         top, ids = probs.topk(min(top_k or V, V))  # (B, k)
         top = top / top.sum(-1, keepdim=True)
         before = top.cumsum(-1) - top  # largest first: the token that crosses p stays
-        probs = torch.zeros_like(probs).scatter(-1, ids, top * (before < top_p))
+        probs = torch.zeros_like(probs).scatter(-1, ids, top * (before < max(top_p, 1e-9)))
     # the first of exponential clocks to ring: as multinomial, which would wait for the GPU twice
     noise = torch.empty_like(probs).exponential_(generator=generator)
     return (probs / noise).argmax(-1).masked_fill(broken, -1)
@@ -89,7 +89,7 @@ def sample(model, prompts, *, max_new_tokens, stop_ids, temperature=1.0, top_k=0
             batches = [list(range(len(prompts)))]
         for rows in batches:  # rows[b]: the prompt that row b of the batch answers
             decoder = make_decoder(model, [prompts[i] for i in rows], slots)
-            alive = rows
+            alive = rows if max_new_tokens else []
             while alive:
                 logits = decoder.logits.float()  # (B, V)
                 token = sample_next_token(logits[:, :vocab_size], temperature, top_k, top_p,
@@ -351,7 +351,8 @@ class Head(torch.nn.Module):
         self.cap = config.get("final_logit_softcapping")  # Gemma
 
     def forward(self, hidden):
-        logits = self.linear(hidden * self.scale)
+        hidden = (hidden * self.scale).to(self.linear.weight.dtype)  # Mamba's are float32
+        logits = self.linear(hidden)
         if self.cap:
             logits = torch.tanh(logits / self.cap) * self.cap
         return logits
@@ -368,7 +369,8 @@ def find_head(model):
         with eval_mode(model):
             own = model(input_ids=ids, use_cache=False).logits  # (1, 4, V)
             hidden = decoder(input_ids=ids, use_cache=False)[0]  # (1, 4, H)
-        model.has_known_head = is_close(head(hidden), own)
+        # Llama-4 calls all of itself its base
+        model.has_known_head = decoder is not causal and is_close(head(hidden), own)
     return (decoder, head) if model.has_known_head else (model, torch.nn.Identity())
 
 
@@ -389,7 +391,7 @@ def encode_chat(tokenizer, text, system=None):
     if not tokenizer.chat_template:
         tell("note: the model has no chat template: it is asked as 'User: … Assistant:'")
     turns = [("system", system), ("user", text)]
-    return encode_turns(tokenizer, turns if system else turns[1:])
+    return encode_turns(tokenizer, turns[system is None:])
 
 
 def encode_turns(tokenizer, turns):
@@ -474,7 +476,7 @@ def read_template(name, flag="--teacher-prompt"):
     except (OSError, ValueError):
         names = ", ".join(sorted(path.stem for path in named.parent.glob("*.txt")))
         raise UserError(f"{flag} {name}: neither a readable file nor one of {names}") from None
-    if "{query" not in text:
+    if not re.search(r"\{query(_en)?\}", text):
         raise UserError(f"{flag} {name}: names neither {{query}} nor {{query_en}}")
     return text
 
@@ -588,7 +590,7 @@ def find_device(name, dtype="auto"):
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it plans anew for every shape
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, AttributeError, ImportError):
         raise UserError(f"no device {name} here for process {RANK}: try --device auto") from None
     if dtype == "auto":
@@ -656,13 +658,13 @@ def load_model(name, device, dtype):
 
 def main(args):
     """Answer --prompt, or what is typed, each line as one user turn."""
-    if args.prompt == "":
+    if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty")
     torch.manual_seed(args.seed)
     model, tokenizer = load_model(args.model, *find_device(args.device, args.dtype))
     if not args.prompt and sys.stdin.isatty():
         tell("one query a line; Ctrl-D ends")
-    for line in [args.prompt] if args.prompt else sys.stdin:
+    for line in filter(str.strip, [args.prompt] if args.prompt else sys.stdin):
         [response] = sample(
             model, [encode_chat(tokenizer, line.strip(), args.system)],
             max_new_tokens=args.max_new_tokens, stop_ids=find_stop_ids(model, tokenizer),

@@ -26,6 +26,7 @@ ATTENTION = {  # all read a prompt in one piece; what follows a name tells varia
     "Cohere": {"logit_scale": 0.25},
     "Granite": {"logits_scaling": 3.0},
     "Mixtral": {"num_local_experts": 4},
+    "Llama4Text": {"num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 8},
     "Mistral": {"sliding_window": 8},
     "Mistral wide": {"sliding_window": 200},
     "Gemma2": {"sliding_window": 8, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0},

@@ -387,6 +387,15 @@ def test_eval_data_without_english_is_not_trained_on_either(train, tmp_path):
     assert list_ids(train("o", "--eval-data", extra, steps=6)) == {"1", "2", "10", "11", "12"}
 
 
+def test_eval_data_in_a_language_that_is_judged_alone_is_not_trained_on(train, tmp_path):
+    rows = [f"{label},{en},{jv},{jv} sw\n" for label, en, jv in QUERIES]
+    (tmp_path / "all.csv").write_text("label,en,jv,sw\n" + "".join(rows))
+    extra = tmp_path / "sw.csv"
+    extra.write_text("label,sw\n" + "".join(f"{label},{jv} sw\n" for label, _, jv in QUERIES[2:9]))
+    out = train("o", "--eval-data", extra, "--eval-lang", "sw", steps=6, data=tmp_path / "all.csv")
+    assert list_ids(out) == {"1", "2", "10", "11", "12"}
+
+
 def test_eval_data_need_not_have_every_language(train, tables, tmp_path, capsys):
     extra = tmp_path / "en.csv"
     extra.write_text("label,en\nharmful,Take it?\n")
@@ -608,6 +617,13 @@ def test_a_run_that_is_killed_or_interrupted_goes_on_as_if_it_were_not(
     check_same_run(train("o", "--resume", steps=steps), train("straight", steps=steps))
 
 
+def test_resume_does_not_go_back(train, fail):
+    out = train("o", steps=3)
+    before = read_files(out)
+    assert "has done 3 of 2 steps" in fail("o", "--resume", steps=2)
+    assert read_files(out) == before
+
+
 def test_resume_may_change_what_leaves_the_training_alone(train, tables):
     straight = train("straight", steps=4)
     train("o")
@@ -733,6 +749,36 @@ def test_overwrite_leaves_what_lies_deeper_and_nothing_else_also_behind_a_link(t
     assert (out / "merged" / "notes.txt").read_text() == "no run's"
 
 
+@pytest.mark.parametrize("data", ["{}", "en={},jv={}"])
+def test_overwrite_leaves_what_it_reads(train, data):
+    out = train("o")
+    prompt, queries = out / "p.txt", Path(write_queries(out / "mine.csv"))
+    prompt.write_text("{query_en}")
+    train("o", "--overwrite", "--teacher-prompt", prompt, data=data.format(queries, queries))
+    assert prompt.exists() and queries.exists() and read_log(out, "samples.jsonl")
+
+
+def test_what_only_the_preflight_sees_costs_no_run(train, fail, folder, tmp_path):
+    before = read_files(train("o"))
+    shutil.copytree(folder, tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.lm_head.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "m")
+    for out in ("o", "new"):
+        line = fail(out, "--overwrite", "--model", tmp_path / "m", *JUDGED,
+                    "--preflight", 1)
+        assert "not finite" in line
+    assert read_files(tmp_path / "o") == before
+    train("new", steps=1)  # it is not in use
+
+
+def test_the_card_names_every_file(train, tmp_path):
+    for lang in ("en", "jv"):
+        (tmp_path / f"{lang}.txt").write_text("How?\nWhy?\n")
+    out = train("o", "--holdout", 0, data=f"en={tmp_path}/en.txt,jv={tmp_path}/jv.txt")
+    assert "data en=en.txt,jv=jv.txt." in (out / "README.md").read_text()
+
+
 def test_a_file_that_cannot_be_deleted_is_one_line(train, fail, monkeypatch):
     def refuse(file):
         raise PermissionError(file)
@@ -770,7 +816,8 @@ MISTAKES = [
     "--step 3", "--steps 0", "--steps x", "--micro-batch-size 0", "--lr 0",
     "--lr nan", "--lr inf", "--temperature -1", "--top-p 0", "--top-p 1.5", "--top-k -1",
     "--policy both", "--holdout 1.5", "--benign-fraction 2", "--dpsw-top-k 0", "--seed -1",
-    "--resume=yes", "--dtype float8", "--device abacus", "--device cuda:99", "--lang xx",
+    "--resume=yes", "--dtype float8", "--device abacus", "--device cuda:99", "--device meta",
+    "--lang xx",
     "--lang ,", "--source-lang xx", "--label qa", "--teacher-prompt nobody",
     "--teacher-prompt /", "--teacher-prompt LICENSE", "--model /nowhere", "--data /nowhere.csv",
     "--eval-data /nowhere.csv", "--resume", "--beta 0", "--beta 1",

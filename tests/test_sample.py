@@ -54,6 +54,13 @@ def test_a_head_that_scales_or_caps_is_known_so_it_sees_response_positions_alone
     assert program.find_head(model)[0] is model.base_model
 
 
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2"])
+def test_a_decoder_that_stays_in_float32_has_a_head_in_bfloat16(name):
+    model = build_model(name).bfloat16()
+    assert program.find_head(model)[0] is model.base_model
+    assert response_logits(model, PROMPTS, PROMPTS).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ROPES)
 def test_rows_that_cross_the_original_length_of_a_rope_are_as_if_alone(name):
     def build():
@@ -189,10 +196,14 @@ def test_a_generator_decides_the_draw_and_the_global_seed_where_there_is_none(mo
     assert len(set(map(tuple, draw(1)))) == 4  # equal prompts, rows of their own
 
 
-@pytest.mark.parametrize("kw", [{"temperature": 1e-3}, {"top_k": 1}, {"top_p": 1e-6}])
+@pytest.mark.parametrize("kw", [{"temperature": 1e-3}, {"top_k": 1}, {"top_p": 1e-6}, {"top_p": 0}])
 def test_what_leaves_one_token_is_greedy(model, kw):
     got = sample(model, PROMPTS, max_new_tokens=6, stop_ids=[], **kw)
     assert got == greedy(model, PROMPTS, 6)
+
+
+def test_of_no_new_tokens_there_are_none(model):
+    assert sample(model, PROMPTS, max_new_tokens=0, stop_ids=[]) == [[] for _ in PROMPTS]
 
 
 @pytest.mark.parametrize("temperature", [0, 1.0])
@@ -290,6 +301,7 @@ def test_a_query_that_spells_no_special_token_reaches_the_model_to_the_letter(
     turns = [("system", "Be brief."), ("user", query)]
     assert encode_chat(tokenizer, query) == apply_template(tokenizer, turns[1])
     assert encode_chat(tokenizer, query, "Be brief.") == apply_template(tokenizer, *turns)
+    assert encode_chat(tokenizer, query, "") == apply_template(tokenizer, ("system", ""), turns[1])
 
 
 @pytest.mark.parametrize("spelled, broken", [
@@ -496,7 +508,7 @@ def run(monkeypatch, *argv):
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("--prompt", ""), ("--temp", "1"), ("--model", "/none"), ("--max-new-tokens", "0"),
+    ("--prompt", ""), ("--prompt", " \n"), ("--temp", "1"), ("--model", "/none"), ("--max-new-tokens", "0"),
     ("--temperature", "nan"), ("--device", "abacus"), ("--device", "hpu")])
 def test_a_mistake_costs_one_line_and_exit_code_2(monkeypatch, capsys, flag, value):
     with pytest.raises(SystemExit) as stop:
@@ -510,7 +522,7 @@ def test_a_mistake_costs_one_line_and_exit_code_2(monkeypatch, capsys, flag, val
 def test_from_any_folder_it_answers_each_line(monkeypatch, capsys, tmp_path):
     model, tokenizer = load(TINY)
     query = "How do I bake bread?"
-    typed = f"{query}\r\n{query}\n"
+    typed = f"{query}\r\n \n{query}\n"
     stop_ids = find_stop_ids(model, tokenizer)
     [ids] = greedy(model, [encode_chat(tokenizer, query)], 8, stop_ids)
     want = tokenizer.decode(ids, skip_special_tokens=True).strip()
