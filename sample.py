@@ -545,7 +545,7 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt:
             self.exit(130, f"\n{self.prog}: interrupted\n")
         except RuntimeError as e:
-            said = f"{type(e).__name__}: {e}"
+            said = f"{type(e).__name__}: {e}, {e.__context__!r}"  # a broken capture hides its own
             if re.search("^Dist|gloo", said):
                 self.error(f"another process ended: {e}")
             if re.search("OutOfMemory|DefaultCPUAllocator", said):

@@ -1,5 +1,6 @@
 """Promises of sample.py, on tiny random models, a chain whose distribution is known, and tokenizers
 made here."""
+import contextlib
 import io
 import json
 import math
@@ -15,6 +16,8 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models
 from tokenizers.processors import TemplateProcessing
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations import sdpa_attention
 
@@ -101,6 +104,97 @@ def test_alibi_is_seen_in_a_model_of_small_weights_too(dtype):
 def test_an_encoder_that_was_made_a_decoder_is_one():
     model = build_model("Bert", is_decoder=True)
     assert greedy(model, PROMPTS, 2) == generate(model, PROMPTS, 2)
+
+
+# ---- a step as a CUDA graph, as far as a CPU can tell: its tensor operations on the very tensors,
+# without the Python around them
+
+FORBIDDEN = {"aten::_local_scalar_dense", "aten::nonzero", "aten::lift_fresh"}  # they wait for it
+
+
+def list_tensors(*trees):
+    return [x for x in tree_leaves(trees) if isinstance(x, torch.Tensor)]
+
+
+def list_storages(*trees):
+    return {x.untyped_storage().data_ptr(): x.untyped_storage() for x in list_tensors(*trees)}
+
+
+class Graph:
+    """In place of torch.cuda.CUDAGraph."""
+    replays = 0
+
+    def __init__(self):
+        self.calls = []
+
+    def replay(self):
+        Graph.replays += 1
+        for func, args, kwargs, out in self.calls:
+            if not func._schema.is_mutable and list_storages(out).keys() <= list_storages(
+                    args, kwargs).keys():
+                continue  # a view
+            for old, new in zip(list_tensors(out), list_tensors(func(*args, **kwargs))):
+                if old is not new:
+                    old.copy_(new)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+        self.before = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.name().split(".")[0] in FORBIDDEN:
+            raise RuntimeError(f"not permitted when stream is capturing: {func}")
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for at, storage in list_storages(args, kwargs).items():
+                self.before.setdefault(at, (storage, storage.clone()))
+        out = func(*args, **kwargs)
+        self.graph.calls.append((func, args, kwargs, out))
+        return out
+
+
+@contextlib.contextmanager
+def capture(graph):
+    """In place of torch.cuda.graph, which runs nothing."""
+    recorder = Recorder(graph)
+    with recorder:
+        yield
+    for storage, before in recorder.before.values():
+        storage.copy_(before)
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    class Decoder(program.RaggedDecoder):
+        def __init__(self, model, prompts, slots):
+            super().__init__(model, prompts, slots + -slots % 128)
+            self.is_static = True
+
+    Graph.replays = 0
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return lambda: monkeypatch.setattr(program, "RaggedDecoder", Decoder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", [
+    "Llama", "Qwen2", "Qwen3", "Phi3", "Olmo2", "GPT2", "GPTNeoX", "Cohere", "Granite", "Mixtral",
+    "Mistral wide", "Gemma3Text wide", "LoRA"])
+def test_a_step_replayed_without_its_python_is_the_step(graphs, name, dtype):
+    model = add_adapter(build_model("Llama")) if name == "LoRA" else build_model(name)
+    model = model.to(dtype)
+    stop_ids, _ = cut_half(greedy(model, PROMPTS, 9))
+    options = dict(max_new_tokens=9, stop_ids=stop_ids, temperature=0, return_logprobs=True)
+    want = sample(model, PROMPTS, **options)
+    del model.is_ragged  # tried again, in this way
+    graphs()
+    responses, logprobs = sample(model, PROMPTS, **options)
+    assert responses == want[0] and model.is_ragged and Graph.replays >= 5
+    exact = 1e-5 if dtype == torch.float32 else 0.05
+    assert sum(logprobs, []) == pytest.approx(sum(want[1], []), abs=exact)
 
 
 # ---- where a response ends, and what cannot be asked ----
@@ -554,6 +648,22 @@ def test_without_a_template_it_asks_plainly_and_says_so(folder, monkeypatch, cap
     assert tokenizer.decode(asked) == "<s>System: Be brief.\nUser: hi\nAssistant:"
 
 
+def test_out_of_memory_in_a_capture_that_breaks_of_it_is_one_line(capsys):
+    @contextlib.contextmanager
+    def break_off():
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    def main(args):
+        with break_off():
+            raise torch.OutOfMemoryError("CUDA")
+    with pytest.raises(SystemExit):
+        program.Parser(prog="any.py").run(main, [])
+    assert "any.py: error: out of memory" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("error, code, words", [
     (KeyboardInterrupt(), 130, ["interrupted"]),
     (UserError("two\nlines"), 2, ["error: two lines"]),
@@ -579,7 +689,8 @@ def test_a_teacher_prompt_is_found_by_name_or_file_without_its_bom_and_filled_on
     filled = program.fill_template(program.read_template(str(file)), Query, "jv", "en")
     assert filled == "What is {language}?, Apa {query_en} kuwi?, Javanese"
     assert "{query" in program.read_template("cot")
-    for name in (str(tmp_path), "nobody"):
+    file.write_text("{query_sw}", encoding="utf-8")
+    for name in (str(tmp_path), "nobody", str(file)):
         with pytest.raises(UserError, match="--teacher-prompt"):
             program.read_template(name)
 
