@@ -375,7 +375,8 @@ def main(args):
         raise UserError("eval.py works in one process: start it without torchrun")
     stem = str(args.out).removesuffix(".json")
     written = [str(args.out), f"{stem}.items.jsonl", f"{stem}.base.items.jsonl"]
-    if {args.rejudge, args.base, *(args.data or [])} & set(map(find_path, written)):
+    read = [args.rejudge, args.base, args.refusals, args.wrap, *(args.data or [])]
+    if set(map(find_path, filter(None, read))) & set(map(find_path, written)):
         raise UserError(f"--out {args.out} would replace what is read: name another")
     form = None
     with told_in_a_line("cannot judge"):

@@ -414,10 +414,11 @@ def check_out(args):
 def start_out(args):
     """Make --out with its args.json; the files of an earlier run go, but under --resume."""
     if not args.resume:
+        named = ",".join([*args.data, *args.eval_data, args.teacher_prompt])
+        read = set(map(find_path, re.split(r"\s*[=,]\s*", named)))
         for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
             # what lies deeper is not of a run, nor is what this one reads
-            read = f"{args.data} {args.eval_data} {args.teacher_prompt}"
-            if not old.is_dir() and old.name not in read:
+            if not old.is_dir() and str(old.resolve()) not in read:
                 old.unlink()
     write(Path(args.out, "args.json"), json.dumps(vars(args), indent=1))
 
@@ -460,7 +461,7 @@ def save_model(args, student, tokenizer):
     """Leave an ordinary Hugging Face (or PEFT adapter) folder with a model card."""
     student.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
-    files = ", ".join(re.sub("[^=,]*/", "", path) for path in args.data)  # names are enough
+    files = ", ".join(re.sub(r"[^=,]*[/\\]", "", path) for path in args.data)  # names are enough
     write(Path(args.out, "README.md"), CARD.format(**{**vars(args), "data": files}))
 
 
@@ -567,6 +568,7 @@ def main(args):
             preflight(args, student, teacher, tokenizer, pools)
         show_table()
     if RANK == 0:
+        check_out(args)  # once more: another run may have begun
         start_out(args)
     for step in train(args, student, teacher, tokenizer, pools, optimizer, step):
         is_last = step == args.steps

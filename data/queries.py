@@ -31,7 +31,7 @@ BARE = "(no column name)"  # the column of texts that have none
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 LINES = "\x1f"             # the delimiter of a file without one
 LABEL_COLUMNS = ("label", "expected_behavior")
-ROW_IDS = ("id", "prompt_id")  # unless they hold Indonesian
+ROW_IDS = ("id", "prompt_id", "id_prompt")  # unless they hold Indonesian
 TRANSLATED = ".*translated.*|translation"
 LABEL = "(?P<benign>safe.*|benign)|(?P<harmful>unsafe|harmful|refuse.*)|(?P<qa>qa)"
 # of a first line that does not name two columns
@@ -254,7 +254,7 @@ def take_texts(path, lang, langs, is_own):
 
 
 def read_file(path, langs):
-    """A file -> rows. A column id or prompt_id of texts, of Indonesian, gets its name in capitals.
+    """A file -> rows. A column of ROW_IDS that holds texts, of Indonesian, gets its name in capitals.
     """
     try:
         file = os.path.expanduser(path)

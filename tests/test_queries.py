@@ -335,6 +335,10 @@ def test_of_several_texts_the_one_that_names_the_language_is_meant(write, column
     assert read("sw=" + write("a.csv", f"{columns}\nHi,Habari\n"), "sw") == ["Habari"]
 
 
+def test_numbers_under_id_prompt_are_not_indonesian(write):
+    assert read("id=" + write("a.csv", "id_prompt,text\n1,Apa?\n"), "id") == ["Apa?"]
+
+
 def test_an_index_and_choices_are_no_texts(write):
     assert read("sw=" + write("a.csv", ",text\n0,Habari\n"), "sw") == ["Habari"]
     path = write("b.csv", "Question,A,B,C,D,Answer\nHabari?,1,2,3,4,A\n")
