@@ -254,7 +254,7 @@ def take_texts(path, lang, langs, is_own):
 
 
 def read_file(path, langs):
-    """A file -> rows. A column of ROW_IDS that holds texts, of Indonesian, gets its name in capitals.
+    """A file -> rows. A column of ROW_IDS of texts, of Indonesian, gets its name in capitals.
     """
     try:
         file = os.path.expanduser(path)
