@@ -22,7 +22,7 @@ import torch
 from data.judges import (JUDGES, THOUGHTS, find_judge_format, find_letters, find_phrases,
                          is_correct, judge_item, load_refusals, read_answer, read_json,
                          write_judge_turns)
-from data.queries import BARE, load_queries, split
+from data.queries import BARE, load_queries, split, split_path
 from sample import (HERE, RANK, WORLD, Parser, UserError, encode_chat, encode_turns, fill_template,
                     find_context, find_device, find_path, find_stop_ids, find_vocab_size, gather,
                     load_model, need, number, positive, read_template, sample, tell)
@@ -291,7 +291,7 @@ def read_heldout(paths, langs, *, source_lang="en", label=None, holdout=0.2, lim
         except UserError as e:
             errors[path, lang] = e
             continue
-        if len(langs) > 1 and BARE in queries[0].extra and not re.match(r"\s*[\w-]+\s*=", path):
+        if len(langs) > 1 and BARE in queries[0].extra and split_path(path)[0]:
             raise UserError(f"{path} names no language: say whose it is, as {lang}={path}")
         # the first of its texts is English, if any is; the last is in `lang`
         is_split = 0 < holdout < 1 and lang not in ("en", source_lang)
@@ -352,6 +352,12 @@ def ask_judge(model, tokenizer, form, items, batch_size):
         item["judge_raw"] = raw
 
 
+def name_items(out):
+    """Where the answers of the model and of its base are kept, beside --out."""
+    stem = str(out).removesuffix(".json")
+    return [f"{stem}.items.jsonl", f"{stem}.base.items.jsonl"]
+
+
 def report(args, runs):
     """Write --out, print the table, write --plot. runs: the model's, then the base's."""
     if len(runs) > 1:
@@ -360,8 +366,7 @@ def report(args, runs):
     print_rates(runs[0])
     rows = [row for row, _ in runs[0]]
     if args.out:
-        for run, kind in zip(runs, ("", ".base")):
-            path = f"{args.out.removesuffix('.json')}{kind}.items.jsonl"
+        for run, path in zip(runs, name_items(args.out)):
             write(path, "".join(map(format_line, pool(run))))
         found = {"results": rows, "config": vars(args)}
         write(args.out, json.dumps(found, ensure_ascii=False, indent=1))
@@ -373,9 +378,9 @@ def main(args):
     """Answer and judge, or judge kept answers again. Whatever fails, what was measured is told."""
     if WORLD > 1:
         raise UserError("eval.py works in one process: start it without torchrun")
-    stem = str(args.out).removesuffix(".json")
-    written = [str(args.out), f"{stem}.items.jsonl", f"{stem}.base.items.jsonl"]
-    read = [args.rejudge, args.base, args.refusals, args.wrap, *(args.data or [])]
+    written = [str(args.out), *name_items(args.out)]
+    read = [args.rejudge, args.base, args.refusals, args.wrap,
+            *itertools.chain(*map(split_path, args.data or []))]
     if set(map(find_path, filter(None, read))) & set(map(find_path, written)):
         raise UserError(f"--out {args.out} would replace what is read: name another")
     form = None

@@ -36,7 +36,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 import eval as evaluation
 from data.judges import find_phrases, keyword_verdict, load_refusals, read_json
-from data.queries import load_queries, normalise, split
+from data.queries import load_queries, normalise, split, split_path
 from dpsw import CHOICES, dpsw_loss_chunked
 from eval import append_line, pool, split_langs, told_in_a_line, write
 from sample import (
@@ -414,8 +414,8 @@ def check_out(args):
 def start_out(args):
     """Make --out with its args.json; the files of an earlier run go, but under --resume."""
     if not args.resume:
-        named = ",".join([*args.data, *args.eval_data, args.teacher_prompt])
-        read = set(map(find_path, re.split(r"\s*[=,]\s*", named)))
+        files = itertools.chain(*map(split_path, args.data + args.eval_data))
+        read = set(map(find_path, [args.teacher_prompt, *files]))
         for old in Path(args.out).glob("*"):  # --out itself stays: it may be a link or a mount
             # what lies deeper is not of a run, nor is what this one reads
             if not old.is_dir() and str(old.resolve()) not in read:

@@ -190,10 +190,15 @@ def parse_table(text, delimiter):
 
 # --- rows of any shape -> the texts of each language
 
+def split_path(path):
+    """"en=FILE,jv=FILE" -> ["", en, FILE, jv, FILE]; what names no language -> [FILE]."""
+    return re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
+
+
 def read_parts(path, langs):
     """({language: [(its cell, its row), …]} of a file, or of a file per language; the column that
     joins them, None by position). English is among them where there is any."""
-    first, *named = re.split(r"(?:^|\s*,)\s*([\w-]+)\s*=\s*", path)
+    first, *named = split_path(path)
     files = dict(zip(map(str.lower, named[::2]), named[1::2]))
     lower = list(map(str.lower, langs))
     if "" in named or 2 * len(files) < len(named) or not first and not set(lower) <= set(files):

@@ -118,6 +118,11 @@ def add_adapter(model):
     return peft.get_peft_model(model, config).eval()
 
 
+def build_any(name):
+    """build_model, or a "LoRA" student."""
+    return add_adapter(build_model("Llama")) if name == "LoRA" else build_model(name)
+
+
 def generate(model, prompts, n):
     """What transformers answers greedily, a row at a time, without a stop."""
     model.generation_config.eos_token_id = None

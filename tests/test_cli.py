@@ -765,9 +765,8 @@ def test_what_only_the_preflight_sees_costs_no_run(train, fail, folder, tmp_path
     model.lm_head.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path / "m")
     for out in ("o", "new"):
-        line = fail(out, "--overwrite", "--model", tmp_path / "m", *JUDGED,
-                    "--preflight", 1)
-        assert "not finite" in line
+        flags = ["--overwrite", "--model", tmp_path / "m", *JUDGED, "--preflight", 1]
+        assert "not finite" in fail(out, *flags)
     assert read_files(tmp_path / "o") == before
     train("new", steps=1)  # it is not in use
 
@@ -817,8 +816,7 @@ MISTAKES = [
     "--lr nan", "--lr inf", "--temperature -1", "--top-p 0", "--top-p 1.5", "--top-k -1",
     "--policy both", "--holdout 1.5", "--benign-fraction 2", "--dpsw-top-k 0", "--seed -1",
     "--resume=yes", "--dtype float8", "--device abacus", "--device cuda:99", "--device meta",
-    "--lang xx",
-    "--lang ,", "--source-lang xx", "--label qa", "--teacher-prompt nobody",
+    "--lang xx", "--lang ,", "--source-lang xx", "--label qa", "--teacher-prompt nobody",
     "--teacher-prompt /", "--teacher-prompt LICENSE", "--model /nowhere", "--data /nowhere.csv",
     "--eval-data /nowhere.csv", "--resume", "--beta 0", "--beta 1",
     "--max-new-tokens 600", "more"]

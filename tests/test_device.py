@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 import msd
-from conftest import add_adapter, build_model
+from conftest import build_any
 from sample import sample
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames things
@@ -107,7 +107,7 @@ def test_paper_tells_devices_apart(printer):
     {"temperature": 0}, {"top_k": 5, "top_p": 0.9, "vocab_size": 90}], ids=str)
 @pytest.mark.parametrize("name", ["Llama", "Qwen2", "Gemma3Text wide", "LoRA"])
 def test_of_a_token_the_ids_alone_are_transferred(printer, name, options):
-    model = add_adapter(build_model("Llama")) if name == "LoRA" else build_model(name)
+    model = build_any(name)
     prompts = [[5, 6, 7], [8], [*range(9, 20)]]
     options = {**options, "max_new_tokens": 12, "stop_ids": []}
     want = sample(model, prompts, generator=torch.Generator("cpu").manual_seed(0), **options)

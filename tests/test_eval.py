@@ -583,6 +583,7 @@ def test_what_is_held_out_by_its_own_text_is_warned_of(folders, tmp_path, capsys
     (["--rejudge", "x", "--base", "{tmp}/x.base.items.jsonl", "--out", "{tmp}/x.json"],
      "would replace"),
     (["--data", "{root}/q.csv", "--out", "{root}/q.csv"], "would replace"),
+    (["--data", "en={root}/q.csv,jv={root}/q.csv", "--out", "{root}/q.csv"], "would replace"),
     (["--refusals", "{tmp}/good.jsonl", "--out", "{tmp}/good.jsonl"], "would replace"),
     (["--data", "en=,jv="], "name one file for each"),
     (["--rejudge", "{root}/q.csv"], "--rejudge"),

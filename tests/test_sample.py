@@ -23,8 +23,8 @@ from transformers.integrations import sdpa_attention
 
 import sample as program
 from conftest import (ARCHITECTURES, CHATML, INST, LINES, PARTS, ROPES, USER_ONLY, add_adapter,
-                      apply_template, build_chain, build_model, build_tokenizer, cut_half, forward,
-                      generate, spy)
+                      apply_template, build_any, build_chain, build_model, build_tokenizer,
+                      cut_half, forward, generate, spy)
 from sample import (UserError, encode_chat, encode_turns, find_stop_ids, load_model,
                     response_logits, sample)
 
@@ -43,7 +43,7 @@ def greedy(model, prompts, n, stop_ids=()):
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, "LoRA"])
 def test_greedy_equals_generate_and_response_logits_each_rows_own_forward(name):
-    model = add_adapter(build_model("Llama")) if name == "LoRA" else build_model(name)
+    model = build_any(name)
     stop_ids, want = cut_half(generate(model, PROMPTS, 8))
     assert 0 < sum(len(row) < 8 for row in want) <= 3  # so rows leave the batch, and rows stay
     assert greedy(model, PROMPTS, 8, stop_ids) == want
@@ -184,8 +184,7 @@ def graphs(monkeypatch):
     "Llama", "Qwen2", "Qwen3", "Phi3", "Olmo2", "GPT2", "GPTNeoX", "Cohere", "Granite", "Mixtral",
     "Mistral wide", "Gemma3Text wide", "LoRA"])
 def test_a_step_replayed_without_its_python_is_the_step(graphs, name, dtype):
-    model = add_adapter(build_model("Llama")) if name == "LoRA" else build_model(name)
-    model = model.to(dtype)
+    model = build_any(name).to(dtype)
     stop_ids, _ = cut_half(greedy(model, PROMPTS, 9))
     options = dict(max_new_tokens=9, stop_ids=stop_ids, temperature=0, return_logprobs=True)
     want = sample(model, PROMPTS, **options)
@@ -602,8 +601,9 @@ def run(monkeypatch, *argv):
 
 
 @pytest.mark.parametrize("flag, value", [
-    ("--prompt", ""), ("--prompt", " \n"), ("--temp", "1"), ("--model", "/none"), ("--max-new-tokens", "0"),
-    ("--temperature", "nan"), ("--device", "abacus"), ("--device", "hpu")])
+    ("--prompt", ""), ("--prompt", " \n"), ("--temp", "1"), ("--model", "/none"),
+    ("--max-new-tokens", "0"), ("--temperature", "nan"), ("--device", "abacus"),
+    ("--device", "hpu")])
 def test_a_mistake_costs_one_line_and_exit_code_2(monkeypatch, capsys, flag, value):
     with pytest.raises(SystemExit) as stop:
         run(monkeypatch, "--prompt", "x", flag, value)
