@@ -10,6 +10,7 @@ each alone) is tried once.
 """
 import argparse
 import contextlib
+import ctypes
 import functools
 import math
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.nn.functional import linear
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import logging as transformers_logging
@@ -33,6 +35,8 @@ from data.queries import LANGUAGES, UserError
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # huge pages on a CPU: fewer faults, less waste
 os.environ["TIKTOKEN_CACHE_DIR"] = ""  # tiktoken caches by path alone: it would read a stale file
 HERE = Path(__file__).resolve().parent
+M_TRIM_THRESHOLD = -1  # malloc.h
+M_MMAP_MAX = -4
 RANK = int(os.environ.get("RANK", 0))  # of this process among those that torchrun started
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # how many those are
 MARKER = "Qxz{}zxq"  # a turn's place in what a chat template writes: no template holds it
@@ -196,13 +200,28 @@ class RaggedDecoder:
         """The step itself."""
         self.positions += 1
         self.mask.index_fill_(3, self.cache.get_seq_length(), 0.0)  # the slot that it is put in
-        ALL_ATTENTION_FUNCTIONS["sdpa"] = attend_by_group  # instead of transformers' own
+        # instead of torch's and transformers' own
+        torch.nn.functional.linear = multiply_few
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = attend_by_group
         try:
             self.logits = self.model(
                 input_ids=self.token, attention_mask=self.mask, position_ids=self.positions,
                 use_cache=True, past_key_values=self.cache).logits[:, -1]  # (B, V)
         finally:
+            torch.nn.functional.linear = linear
             del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+def multiply_few(x, weight, bias=None):
+    """F.linear of a token a row. In float32 on a CPU as products with eight parts of the weights:
+    where rows are few, MKL would leave all of them to one core."""
+    parts = 8
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or len(weight) % parts:
+        return linear(x, weight, bias)
+    rows = x.flatten(0, -2).expand(parts, -1, -1)  # (8, B, K)
+    out = torch.bmm(rows, weight.view(parts, -1, weight.shape[1]).mT)  # (8, B, N / 8)
+    out = out.transpose(0, 1).reshape(*x.shape[:-1], len(weight))
+    return out if bias is None else out + bias
 
 
 def attend_by_group(module, query, key, value, attention_mask, scaling=None, **kwargs):
@@ -590,6 +609,11 @@ def find_device(name, dtype="auto"):
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
             torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it plans anew for every shape
+        libc = ctypes.CDLL(None)
+        if device.type == "cpu" and hasattr(libc, "mallopt"):  # not on macOS
+            # what is freed stays here: else each step would ask the system for its memory anew
+            libc.mallopt(M_MMAP_MAX, 0)
+            libc.mallopt(M_TRIM_THRESHOLD, -1)
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, AttributeError, ImportError):
         raise UserError(f"no device {name} here for process {RANK}: try --device auto") from None

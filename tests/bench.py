@@ -40,8 +40,8 @@ if IS_WORKER:  # its parent imports no torch: a child's peak begins with its par
     import msd
     from data.queries import load_queries
     from dpsw import dpsw_loss, dpsw_loss_chunked
-    from sample import (cut_by_length, encode_chat, fill_template, load_model, read_template,
-                        sample)
+    from sample import (cut_by_length, encode_chat, fill_template, find_device, load_model,
+                        read_template, sample)
 
 FIND_TRL = "from importlib.metadata import version; print('TRL', version('trl'))"
 EVAL_ROWS = 64  # that msd.py answers at a time
@@ -130,7 +130,7 @@ def bench_sample(args):
 
 def run_sample():
     """Tell rows: sample() and model.generate by turns, greedy, on the same prompts."""
-    model, tokenizer = load_model(JOB["model"], torch.device("cpu"), torch.float32)
+    model, tokenizer = load_model(JOB["model"], *find_device("cpu"))
     n = JOB["tokens"]
     most = max(JOB["batch"])
     queries = load_queries(JOB["data"], [JOB["lang"]])[:8 * most]
@@ -244,7 +244,7 @@ def run_step():
     """The box of msd.train, on the same rows every step and without stop ids: both sides write
     equally many tokens."""
     args, queries = prepare_step()
-    student, teacher, tokenizer = msd.load_models(args, torch.device("cpu"), torch.float32)
+    student, teacher, tokenizer = msd.load_models(args, *find_device("cpu"))
     optimizer = msd.make_optimizer(args, student)
     batch = [(query, args.lang) for query in queries]
     began = lap()

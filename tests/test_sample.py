@@ -4,7 +4,9 @@ import contextlib
 import io
 import json
 import math
+import os
 import runpy
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -359,12 +361,39 @@ def test_before_transformers_5_23_too_heads_that_share_keys_and_values_copy_none
     monkeypatch.delattr(sdpa_attention, "pack_gqa", raising=False)  # 5.23's own way
     monkeypatch.delattr(sdpa_attention, "repeat_kv")
     own = program.ALL_ATTENTION_FUNCTIONS["sdpa"]
+    linear = torch.nn.functional.linear
     assert program.decodes_ragged(model, 20) and greedy(model, PROMPTS, 8) == want
     decoder = program.RaggedDecoder(model, PROMPTS, slots=20)
     model.base_model.register_forward_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         decoder.step(torch.tensor([3] * len(PROMPTS)))
     assert program.ALL_ATTENTION_FUNCTIONS["sdpa"] is own
+    assert torch.nn.functional.linear is linear
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 7), (3, 7), (1, 1, 7)])
+@pytest.mark.parametrize("out", [16, 5])  # eight do not go into five
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_multiplies_as_torch_does(shape, out, dtype):
+    x = torch.randn(shape).to(dtype)
+    weight = torch.randn(out, 7).to(dtype)
+    for bias in (None, torch.randn(out).to(dtype)):
+        want = torch.nn.functional.linear(x, weight, bias)
+        torch.testing.assert_close(program.multiply_few(x, weight, bias), want)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_on_a_cpu_freed_memory_stays_with_the_process():
+    code = ("import resource, torch, sample\n"
+            "sample.find_device('cpu')\n"
+            "def count():\n"
+            "    torch.ones(25_000_000)\n"
+            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+            "count(), print(-count() + count())")
+    env = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}  # pages of 4 KB: 24,000 of them
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env,
+                         capture_output=True, text=True, check=True)
+    assert int(run.stdout) < 1000
 
 
 def test_under_gradient_checkpointing_it_still_decodes_with_a_cache(model):
