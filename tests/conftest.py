@@ -3,6 +3,7 @@ known, and tokenizers of both kinds. Nothing is downloaded."""
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # tensors are tiny here: a second thread only costs
 
 import peft
 import pytest
@@ -12,7 +13,6 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 transformers.utils.logging.set_verbosity_error()
-torch.set_num_threads(1)  # tensors are tiny here: a second thread only costs
 
 BASE = {
     "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,

@@ -4,9 +4,8 @@ import contextlib
 import io
 import json
 import math
-import os
+import resource
 import runpy
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -384,16 +383,12 @@ def test_a_step_multiplies_as_torch_does(shape, out, dtype):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_on_a_cpu_freed_memory_stays_with_the_process():
-    code = ("import resource, torch, sample\n"
-            "sample.find_device('cpu')\n"
-            "def count():\n"
-            "    torch.ones(25_000_000)\n"
-            "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-            "count(), print(-count() + count())")
-    env = {**os.environ, "THP_MEM_ALLOC_ENABLE": "0"}  # pages of 4 KB: 24,000 of them
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env,
-                         capture_output=True, text=True, check=True)
-    assert int(run.stdout) < 1000
+    program.find_device("cpu")
+
+    def count():
+        torch.ones(25_000_000)  # 100 MB: 48 pages of 2 MB, or 24,000 of 4 KB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    assert min(-count() + count() for _ in range(9)) < 20  # the first ones find gaps
 
 
 def test_under_gradient_checkpointing_it_still_decodes_with_a_cache(model):
