@@ -215,11 +215,10 @@ class RaggedDecoder:
 def multiply_few(x, weight, bias=None):
     """F.linear of a token a row. In float32 on a CPU as products with eight parts of the weights:
     where rows are few, MKL would leave all of them to one core."""
-    parts = 8
-    if weight.device.type != "cpu" or weight.dtype != torch.float32 or len(weight) % parts:
+    if weight.device.type != "cpu" or weight.dtype != torch.float32 or len(weight) % 8:
         return linear(x, weight, bias)
-    rows = x.flatten(0, -2).expand(parts, -1, -1)  # (8, B, K)
-    out = torch.bmm(rows, weight.view(parts, -1, weight.shape[1]).mT)  # (8, B, N / 8)
+    parts = weight.unflatten(0, (8, -1)).mT  # (8, K, N / 8)
+    out = torch.bmm(x.flatten(0, -2).expand(8, -1, -1), parts)  # (8, B, N / 8)
     out = out.transpose(0, 1).reshape(*x.shape[:-1], len(weight))
     return out if bias is None else out + bias
 

@@ -370,7 +370,7 @@ def test_before_transformers_5_23_too_heads_that_share_keys_and_values_copy_none
     assert torch.nn.functional.linear is linear
 
 
-@pytest.mark.parametrize("shape", [(3, 1, 7), (3, 7), (1, 1, 7)])
+@pytest.mark.parametrize("shape", [(3, 1, 7), (3, 7), (1, 1, 7), (0, 7)])
 @pytest.mark.parametrize("out", [16, 5])  # eight do not go into five
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_step_multiplies_as_torch_does(shape, out, dtype):
