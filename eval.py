@@ -126,7 +126,8 @@ def measure(run, refusals, form=None):
 
         row.update(dict.fromkeys(RATES))
         n = row["n"]
-        row["invalid"] = verdicts.count("invalid") / n
+        if label != "qa":  # there it is a wrong answer
+            row["invalid"] = verdicts.count("invalid") / n
         row["wrong_language"] = measure_wrong_language(cell, row["lang"], refusals)
         if None not in words:
             row["refusal"] = words.count("refusal") / n

@@ -255,7 +255,7 @@ def sum_gradients(student):
     """Move the gradients to the masters, summed over all processes."""
     for p in student.parameters():
         if p.requires_grad:
-            # None: this process had no response with a token
+            # None: a weight that this loss does not reach, as of an expert
             grad = torch.zeros_like(p.master) if p.grad is None else p.grad
             if WORLD > 1:
                 dist.all_reduce(grad)
@@ -406,9 +406,9 @@ def check_out(args):
     with told_in_a_line(f"--resume {out}"):
         before = read_json(out / "args.json")
         for name, value in vars(args).items():
-            if name not in MAY_CHANGE and name[:5] != "eval_" and before[name] != value:
+            if name not in MAY_CHANGE and name[:5] != "eval_" and before.get(name) != value:
                 raise UserError(f"--resume: --{name.replace('_', '-')} is {value}, and was "
-                                f"{before[name]} in {out}")
+                                f"{before.get(name)} in {out}")
 
 
 def start_out(args):
@@ -550,7 +550,7 @@ def main(args):
         os.makedirs(args.out, exist_ok=True)
         tempfile.TemporaryFile(dir=args.out).close()
     print(f"msd: {args.model} on {student.device} in {student.dtype}; to train on are "
-          f"{len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign queries",
+          f"{len(pools['other'])} harmful or mixed and {len(pools['benign'])} benign prompts",
           flush=True)
     base = []  # the first table
 
@@ -594,23 +594,27 @@ def build_parser():
         help="parallel queries, repeatable (default: data/queries.csv)")
     add("--eval-data", type=find_path, action="append", default=[],
         help="queries that are judged as well and never trained on, repeatable")
-    add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=True)
+    add("--grad-checkpoint", action=argparse.BooleanOptionalAction, default=True,
+        help="recompute activations: less memory, more time")
     add("--resume", action="store_true", help="go on with the run in --out")
     add("--overwrite", action="store_true", help="replace the run in --out")
     parser.add_flags(
         # what to train on
         ("--source-lang", str, "en", "the language of {query_en}"),
-        ("--label", ["harmful", "benign", "mixed"], None, "of data without labels; mixed: unknown"),
+        ("--label", ["harmful", "benign", "mixed"], None,
+         "of --data without labels (--eval-data: harmful); mixed: unknown"),
         ("--holdout", number(0, 0.99), 0.2, "the share that is kept for evaluation"),
-        ("--benign-fraction", number(0, 1), 0.5, "of each batch, where there are any"),
+        ("--benign-fraction", number(0, 1), 0.5, "of each batch, where there are others, too"),
         # the method
         ("--policy", ["on", "off"], "on", "who writes the responses: the student or the teacher"),
-        ("--teacher", ["frozen", "live", "ema"], "frozen", "its weights: the first, now, averaged"),
+        ("--teacher", ["frozen", "live", "ema"], "frozen",
+         "its weights: as loaded, the student's, or their moving average"),
         ("--ema-decay", number(0, 1), 0.99, "a step"),
         ("--teacher-prompt", str, "cot", "a name in data/prompts, or a file"),
         ("--cot-tokens", natural, 0, "of judgement, which the teacher writes first, for itself"),
         ("--weighting", CHOICES["weighting"], "dpsw", "see dpsw.py"),
-        ("--student-view", CHOICES["student_view"], "teacher", "whose token p_S is of"),
+        ("--student-view", CHOICES["student_view"], "teacher",
+         "whose token p_S is of: the teacher's likeliest, or the one that was sampled"),
         ("--weight-norm", CHOICES["weight_norm"], "response", "see dpsw.py"),
         ("--divergence", CHOICES["divergence"], "reverse", "see dpsw.py"),
         ("--beta", number(0.01, 0.99), 0.5, "of jsd"),

@@ -4,9 +4,9 @@
 
 Everything goes one way through a model: rows are padded on the *right* and read without a mask,
 which is exact for every causal model, since none looks to the right. `sample` decodes from a KV
-cache of fixed size; `response_hidden` scores responses, and makes the one-token shift. What is
-known of a model only by trying (does its head alone give its logits, does it decode ragged rows as
-each alone) is tried once.
+cache of fixed size, whose padding a mask hides; `response_hidden` scores responses, and makes the
+one-token shift. What is known of a model only by trying (does its head alone give its logits, does
+it decode ragged rows as each alone) is tried once.
 """
 import argparse
 import contextlib
@@ -306,8 +306,9 @@ def pad_right(rows, device):
 
 
 def cut_by_length(model, rows, size=math.inf):
-    """Rows of ids -> lists of up to `size` indices, by length: none is longer than 5/4 of another
-    and 8 tokens, so little is padding. Where positions depend on the longest row: each alone."""
+    """Rows of ids -> lists of up to `size` indices, by length: none is longer than 5/4 of the
+    shortest and 8 tokens, so little is padding. Where positions depend on the longest row: each
+    alone."""
     if max(map(len, rows), default=0) > find_rope_limit(model):
         size = 1
     batches = []
@@ -607,10 +608,11 @@ def find_device(name, dtype="auto"):
         device = torch.device(name)
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
+            device = torch.device("cuda")  # the one that is set
             torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it plans anew for every shape
-        libc = ctypes.CDLL(None)
-        if device.type == "cpu" and hasattr(libc, "mallopt"):  # not on macOS
+        if device.type == "cpu" and sys.platform == "linux":
             # what is freed stays here: else each step would ask the system for its memory anew
+            libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_MAX, 0)
             libc.mallopt(M_TRIM_THRESHOLD, -1)
         torch.zeros(1, device=device).item()

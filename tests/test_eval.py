@@ -193,7 +193,7 @@ def test_questions_have_an_accuracy(script, tokenizer):
     model = script(lambda prompt: prompt.partition("Say ")[2].partition("!")[0])
     [row], items = run(model, tokenizer, queries, ["en"])
     assert [item["verdict"] for item in items] == ["correct", "wrong", "correct", "wrong"]
-    assert row["accuracy"] == 0.5 and row["invalid"] == 0 and row["ci95"] == wilson(2, 4)
+    assert row["accuracy"] == 0.5 and row["invalid"] is None and row["ci95"] == wilson(2, 4)
     assert row["unsafe"] is row["over_refusal"] is None
 
 
