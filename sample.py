@@ -614,7 +614,7 @@ def find_device(name, dtype="auto"):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", device.index or 0)))
             device = torch.device("cuda")  # the one that is set
             torch.backends.cuda.enable_cudnn_sdp(False)  # on Hopper it plans anew for every shape
-        if device.type == "cpu" and sys.platform == "linux":
+        elif device.type == "cpu" and sys.platform == "linux":
             # what is freed stays here: else each step would ask the system for its memory anew
             libc = ctypes.CDLL(None)
             libc.mallopt(M_MMAP_MAX, 0)
