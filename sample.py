@@ -150,26 +150,37 @@ class RaggedDecoder:
             slots += -slots % 128  # few shapes, and aligned ones
         lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)  # (B, 1)
         self.positions = lengths - 1  # of the token that is read
-        ends = [None] * len(prompts)
-        self.cache = Cache([])
-        for rows in reversed(cut_by_length(model, prompts)):  # the longest say how much is read
-            part = DynamicCache()
-            hidden, head = read_rows(model, [prompts[b] for b in rows], past_key_values=part)
-            for b, states in zip(rows, hidden):
-                ends[b] = states[len(prompts[b]) - 1]  # (H,)
-            if not self.cache.layers:
-                self.cache.layers = [StaticLayer(slots) for _ in part.layers]
-                shape = (len(prompts), -1, -1, -1)
-                for layer, read in zip(self.cache.layers, part.layers):
-                    layer.update(read.keys[:1].expand(shape), read.values[:1].expand(shape))
-            for layer, read in zip(self.cache.layers, part.layers):
-                layer.keys[rows, :, :hidden.shape[1]] = read.keys
-                layer.values[rows, :, :hidden.shape[1]] = read.values
-        self.logits = head(torch.stack(ends))  # (B, V)
+        self.read_prompts(prompts, slots)
         closed = torch.arange(slots, device=model.device) >= lengths  # (B, slots)
         mask = closed[:, None, None].to(self.logits)  # in its dtype: CUDA's attention wants that
         self.mask = mask * torch.finfo(mask.dtype).min
         self.renew()
+
+    def read_prompts(self, prompts, slots):
+        """Fill the slots, and give each row's first logits. The longest prompt is read alone; what
+        all of them begin with, as a chat template's system turn, the others take from it."""
+        shared = count_shared(prompts)
+        rest = [prompt[shared:] for prompt in prompts]
+        batches = cut_by_length(self.model, prompts)
+        longest = batches[-1].pop()
+        part = DynamicCache()
+        hidden, head = read_rows(self.model, [prompts[longest]], past_key_values=part)
+        self.cache = Cache([StaticLayer(slots) for _ in part.layers])
+        shape = (len(prompts), -1, -1, -1)
+        for layer, read in zip(self.cache.layers, part.layers):  # in every row, for now
+            layer.update(read.keys.expand(shape), read.values.expand(shape))
+        ends = hidden[:, -1].repeat(len(prompts), 1)  # (B, H): of each row's last token
+        for rows in filter(None, batches):
+            part = DynamicCache()
+            for i, layer in enumerate(self.cache.layers):
+                part.update(layer.keys[rows, :, :shared], layer.values[rows, :, :shared], i)
+            hidden, _ = read_rows(self.model, [rest[b] for b in rows], past_key_values=part)
+            for layer, read in zip(self.cache.layers, part.layers):
+                layer.keys[rows, :, :read.keys.shape[2]] = read.keys
+                layer.values[rows, :, :read.keys.shape[2]] = read.values
+            for b, states in zip(rows, hidden):
+                ends[b] = states[len(rest[b]) - 1]
+        self.logits = head(ends)  # (B, V)
 
     def renew(self):
         """Forget the graph, of other tensors."""
@@ -279,10 +290,10 @@ def decodes_ragged(model, slots):
 
 def try_ragged(model):
     """Two ragged rows, decoded for two tokens together, against the logits of a forward pass."""
-    prompts = [[3], [5, 4, 3, 2, 1, 2]]  # ALiBi's error grows with the padding
+    prompts = [[5, 3, 4], [5, 4, 3, 2, 1, 2, 4, 1]]  # ALiBi's error grows with the padding
     expected = response_logits(model, prompts, [[6] * 3] * 2)  # (6, V)
     try:
-        decoder = RaggedDecoder(model, prompts, slots=8)
+        decoder = RaggedDecoder(model, prompts, slots=10)
         steps = [decoder.logits]
         for _ in range(2):
             decoder.step(torch.tensor([6, 6], device=model.device))
@@ -323,6 +334,12 @@ def cut_by_length(model, rows, size=math.inf):
             most = 1.25 * len(rows[i]) + 8
         batches[-1].append(i)
     return batches
+
+
+def count_shared(rows):
+    """How many tokens all rows begin with, short of a row's last."""
+    same = [x == y for x, y in zip(min(rows)[:-1], max(rows)[:-1])]
+    return [*same, False].index(False)
 
 
 def read_rows(model, rows, **cache):

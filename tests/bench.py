@@ -265,8 +265,8 @@ def run_step():
 
 
 def run_trl():
-    """SDFTTrainer with the same rows, the same student's and teacher's prompts, and as many tokens
-    a response."""
+    """SDFTTrainer with the same rows, as many at a time, the same student's and teacher's prompts,
+    and as many tokens a response."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
@@ -286,7 +286,8 @@ def run_trl():
             self.began = lap(self.began)
 
     config = SDFTConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=8, num_generations=1,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=args.micro_batch_size,
+        gradient_accumulation_steps=8 // args.micro_batch_size, num_generations=1,
         max_steps=10 ** 6, learning_rate=args.lr, max_grad_norm=args.max_grad_norm,
         distillation_mode="full_logits", distillation_alpha=1.0, teacher_model_kind="base",
         gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": False},

@@ -48,6 +48,8 @@ def test_greedy_equals_generate_and_response_logits_each_rows_own_forward(name):
     stop_ids, want = cut_half(generate(model, PROMPTS, 8))
     assert 0 < sum(len(row) < 8 for row in want) <= 3  # so rows leave the batch, and rows stay
     assert greedy(model, PROMPTS, 8, stop_ids) == want
+    alike = [[9, 33, 2, *prompt] for prompt in PROMPTS]
+    assert greedy(model, alike, 4) == generate(model, alike, 4)
     logits = torch.cat([forward(model, p, r) for p, r in zip(PROMPTS, want)])
     torch.testing.assert_close(response_logits(model, PROMPTS, want), logits, atol=1e-4, rtol=1e-4)
 
@@ -221,7 +223,23 @@ def test_rows_that_are_done_leave_once_they_are_half_and_no_step_follows_the_las
     greedy(model, [[1]], 2)  # what is tried once a model
     calls = spy(model)
     greedy(model, [[0, 1], [4], [6], [5, 3]], 20, stop_ids=[7])
-    assert [call[0] for call in calls] == [4, 4, 4, 2, 1, 1]  # rows take 6, 3, 1 and 4 tokens
+    # the longest prompt is read alone; then rows take 6, 3, 1 and 4 tokens
+    assert [call[0] for call in calls] == [1, 3, 4, 4, 2, 1, 1]
+
+
+@pytest.mark.parametrize("prompts, read", [
+    ([[1, 2, 3, 4, 5], [1, 2, 3, 7], [1, 2, 3, 6]], [(1, 5), (2, 1)]),
+    ([[1, 2, 3]] * 3, [(1, 3), (2, 1)]),  # of each row something is read
+    ([[1, 2], [1], [1, 2, 3]], [(1, 3), (2, 2)]),
+    ([[4, 5], [1, 2, 3]], [(1, 3), (1, 2)]),
+    ([[1, 2, 3]], [(1, 3)]),
+])
+def test_what_all_prompts_begin_with_is_read_once(prompts, read):
+    model = build_chain(COUNTER)
+    greedy(model, [[1]], 2)  # what is tried once a model
+    calls = spy(model)
+    assert greedy(model, prompts, 2) == [[(p[-1] + 1) % 8, (p[-1] + 2) % 8] for p in prompts]
+    assert calls == [*read, (len(prompts), 1)]
 
 
 def test_what_does_not_fit_the_context_is_one_line():
@@ -364,12 +382,16 @@ def test_a_step_moves_no_tensor_so_that_a_graph_may_hold_it(model):
 def test_before_transformers_5_23_too_heads_that_share_keys_and_values_copy_none(monkeypatch):
     model = build_model("Llama")  # two heads share one
     want = generate(model, PROMPTS, 8)
+    decoder = program.RaggedDecoder(model, PROMPTS, slots=21)
     monkeypatch.delattr(sdpa_attention, "pack_gqa", raising=False)  # 5.23's own way
     monkeypatch.delattr(sdpa_attention, "repeat_kv")
     own = program.ALL_ATTENTION_FUNCTIONS["sdpa"]
     linear = torch.nn.functional.linear
-    assert program.decodes_ragged(model, 20) and greedy(model, PROMPTS, 8) == want
-    decoder = program.RaggedDecoder(model, PROMPTS, slots=20)
+    for i in range(8):
+        token = decoder.logits.argmax(-1)
+        assert token.tolist() == [row[i] for row in want]
+        with torch.no_grad():
+            decoder.step(token)
     model.base_model.register_forward_hook(lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         decoder.step(torch.tensor([3] * len(PROMPTS)))
