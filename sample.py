@@ -161,7 +161,7 @@ class RaggedDecoder:
         all of them begin with, as a chat template's system turn, the others take from it."""
         shared = count_shared(prompts)
         rest = [prompt[shared:] for prompt in prompts]
-        batches = cut_by_length(self.model, prompts)
+        batches = cut_by_length(self.model, rest)
         longest = batches[-1].pop()
         part = DynamicCache()
         hidden, head = read_rows(self.model, [prompts[longest]], past_key_values=part)
