@@ -157,27 +157,32 @@ class RaggedDecoder:
         self.renew()
 
     def read_prompts(self, prompts, slots):
-        """Fill the slots, and give each row's first logits. The longest prompt is read alone; what
+        """Fill the slots, and give each row's first logits. The longest prompt is read first; what
         all of them begin with, as a chat template's system turn, the others take from it."""
         shared = count_shared(prompts)
         rest = [prompt[shared:] for prompt in prompts]
         batches = cut_by_length(self.model, rest)
         longest = batches[-1].pop()
-        part = DynamicCache()
-        hidden, head = read_rows(self.model, [prompts[longest]], past_key_values=part)
-        self.cache = Cache([StaticLayer(slots) for _ in part.layers])
-        shape = (len(prompts), -1, -1, -1)
-        for layer, read in zip(self.cache.layers, part.layers):  # in every row, for now
-            layer.update(read.keys.expand(shape), read.values.expand(shape))
+        first = DynamicCache()
+        hidden, head = read_rows(self.model, [prompts[longest]], past_key_values=first)
         ends = hidden[:, -1].repeat(len(prompts), 1)  # (B, H): of each row's last token
-        for rows in filter(None, batches):
-            part = DynamicCache()
-            for i, layer in enumerate(self.cache.layers):
-                part.update(layer.keys[rows, :, :shared], layer.values[rows, :, :shared], i)
-            hidden, _ = read_rows(self.model, [rest[b] for b in rows], past_key_values=part)
-            for layer, read in zip(self.cache.layers, part.layers):
-                layer.keys[rows, :, :read.keys.shape[2]] = read.keys
-                layer.values[rows, :, :read.keys.shape[2]] = read.values
+        self.cache = Cache([StaticLayer(slots) for _ in first.layers])
+        shape = (len(prompts), -1, -1, -1)
+        for layer, read in zip(self.cache.layers, first.layers):
+            # the others' own tokens overwrite it, and the mask hides what is left
+            layer.update(read.keys.expand(shape), read.values.expand(shape))
+
+        for rows in filter(None, batches):  # none is left where the longest was alone
+            cache = DynamicCache()
+            shape = (len(rows), -1, -1, -1)
+            for i, read in enumerate(first.layers):
+                cache.update(read.keys[:, :, :shared].expand(shape),
+                             read.values[:, :, :shared].expand(shape), i)
+            hidden, _ = read_rows(self.model, [rest[b] for b in rows], past_key_values=cache)
+            at = torch.tensor(rows, device=hidden.device)
+            for layer, read in zip(self.cache.layers, cache.layers):
+                layer.keys[at, :, :read.keys.shape[2]] = read.keys
+                layer.values[at, :, :read.keys.shape[2]] = read.values
             for b, states in zip(rows, hidden):
                 ends[b] = states[len(rest[b]) - 1]
         self.logits = head(ends)  # (B, V)
@@ -289,11 +294,12 @@ def decodes_ragged(model, slots):
 
 
 def try_ragged(model):
-    """Two ragged rows, decoded for two tokens together, against the logits of a forward pass."""
-    prompts = [[5, 3, 4], [5, 4, 3, 2, 1, 2, 4, 1]]  # ALiBi's error grows with the padding
+    """Two ragged rows that begin alike, decoded for two tokens together, against the logits of a
+    forward pass."""
+    prompts = [[5, 3, 4], [5, 4, 3, 2, 1, 2]]  # ALiBi's error grows with the padding
     expected = response_logits(model, prompts, [[6] * 3] * 2)  # (6, V)
     try:
-        decoder = RaggedDecoder(model, prompts, slots=10)
+        decoder = RaggedDecoder(model, prompts, slots=8)
         steps = [decoder.logits]
         for _ in range(2):
             decoder.step(torch.tensor([6, 6], device=model.device))
@@ -338,12 +344,13 @@ def cut_by_length(model, rows, size=math.inf):
 
 def count_shared(rows):
     """How many tokens all rows begin with, short of a row's last."""
-    same = [x == y for x, y in zip(min(rows)[:-1], max(rows)[:-1])]
+    same = [x == y for x, y in zip(min(rows)[:-1], max(rows))]  # the ends of their order
     return [*same, False].index(False)
 
 
 def read_rows(model, rows, **cache):
-    """Read rows of ids, each as if alone -> (hidden (B, T, H), head), see find_head."""
+    """Read rows of ids, each as if alone, after what a cache holds -> (hidden (B, T, H), head), see
+    find_head."""
     decoder, head = find_head(model)
     ids, _ = pad_right(rows, model.device)  # (B, T)
     return decoder(input_ids=ids, use_cache=bool(cache), **cache)[0], head

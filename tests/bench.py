@@ -272,6 +272,7 @@ def run_trl():
     from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
     args, queries = prepare_step()
+    assert 8 % args.micro_batch_size == 0, "--micro-batch-size must divide 8"
     rows = []
     for query in queries:
         context = fill_template(args.template, query, args.lang, args.source_lang)

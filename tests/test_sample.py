@@ -48,10 +48,25 @@ def test_greedy_equals_generate_and_response_logits_each_rows_own_forward(name):
     stop_ids, want = cut_half(generate(model, PROMPTS, 8))
     assert 0 < sum(len(row) < 8 for row in want) <= 3  # so rows leave the batch, and rows stay
     assert greedy(model, PROMPTS, 8, stop_ids) == want
-    alike = [[9, 33, 2, *prompt] for prompt in PROMPTS]
-    assert greedy(model, alike, 4) == generate(model, alike, 4)
     logits = torch.cat([forward(model, p, r) for p, r in zip(PROMPTS, want)])
     torch.testing.assert_close(response_logits(model, PROMPTS, want), logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Llama", "Qwen3", "GPT2", "Cohere", "Mixtral", "Mistral wide",
+                                  "Gemma3Text wide", "LoRA"])
+def test_rows_that_begin_alike_decode_as_if_each_were_alone(name, dtype):
+    model = build_any(name).to(dtype)
+    alike = [[9, 33, 2, *prompt] for prompt in PROMPTS]
+    want = [forward(model, prompt, [7, 8, 6]) for prompt in alike]  # (3, V) each
+    with torch.no_grad():
+        decoder = program.RaggedDecoder(model, alike, slots=18)
+        for i, token in enumerate([7, 8, 6]):
+            got = decoder.logits
+            torch.testing.assert_close(got, torch.stack([logits[i] for logits in want]),
+                                       **{"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32
+                                       else {"atol": 0.05, "rtol": 0.05})
+            decoder.step(torch.tensor([token] * len(alike)))
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2", "Cohere", "Granite", "Gemma2"])
@@ -233,6 +248,8 @@ def test_rows_that_are_done_leave_once_they_are_half_and_no_step_follows_the_las
     ([[1, 2], [1], [1, 2, 3]], [(1, 3), (2, 2)]),
     ([[4, 5], [1, 2, 3]], [(1, 3), (1, 2)]),
     ([[1, 2, 3]], [(1, 3)]),
+    # what is left of them is cut by length: 1, 12 and, the longest, 13
+    ([[5] * 40 + rest for rest in ([1], [2] * 12, [3] * 13)], [(1, 53), (1, 1), (1, 12)]),
 ])
 def test_what_all_prompts_begin_with_is_read_once(prompts, read):
     model = build_chain(COUNTER)
@@ -427,7 +444,7 @@ def test_under_gradient_checkpointing_it_still_decodes_with_a_cache(model):
     model.config.use_cache = False  # as trainers set it
     calls = spy(model)
     assert greedy(model, PROMPTS, 7) == want
-    assert [call[1] for call in calls] == [12, 7] + [1] * 6  # the prompts in two batches
+    assert [call[1] for call in calls] == [12, 7] + [1] * 6  # the longest, then the others
     assert model.base_model.gradient_checkpointing and model.config.use_cache is False
 
 
@@ -675,6 +692,7 @@ def test_from_any_folder_it_answers_each_line(monkeypatch, capsys, tmp_path):
     want = tokenizer.decode(ids, skip_special_tokens=True).strip()
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed, newline=""))
     monkeypatch.chdir(tmp_path)
+    capsys.readouterr()  # what loading said here
     run(monkeypatch, "--max-new-tokens", 8, "--device", "cpu")
     out, err = capsys.readouterr()
     assert want and out.splitlines() == [want, want] and not err
