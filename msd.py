@@ -297,10 +297,10 @@ def copy_model(model):
 
 
 def enable_grad_checkpoint(model):
-    """Recompute a layer's activations in the backward pass, but the last one's, which it needs at
-    once. Not by transformers' own switch, which asks for training mode, and so for dropout."""
+    """Recompute a layer's activations in the backward pass. Not by transformers' own switch, which
+    asks for training mode, and so for dropout."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
-    for layer in layers[:-1]:
+    for layer in layers:
         layer.forward = functools.partial(checkpoint_layer, layer.forward)
     if not layers:
         tell("note: this model has no layers to checkpoint: it keeps all activations")

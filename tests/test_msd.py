@@ -175,15 +175,13 @@ def test_the_first_stop_token_is_in_the_loss_and_nothing_after_it(student, teach
 def test_gradient_checkpointing_recomputes_and_leaves_loss_and_gradient(student, teacher):
     want, _, want_gradient = score(student, teacher)
     layers = [module for module in student.modules() if type(module).__name__.endswith("Attention")]
-    calls = {layer: [] for layer in (layers[0], layers[-1])}
-    for layer in calls:
-        layer.register_forward_hook(lambda layer, *_: calls[layer].append(1))
+    calls = []
+    layers[0].register_forward_hook(lambda *_: calls.append(1))
     score(student, teacher)
-    plain = len(calls[layers[0]])
+    plain = len(calls)
     msd.enable_grad_checkpoint(student)
     loss, _, gradient = score(student, teacher)
-    # once forward, once again in the backward pass, which the last layer is at the start of
-    assert [len(found) - plain for found in calls.values()] == [2 * plain, plain]
+    assert len(calls) - plain == 2 * plain  # once forward, once again in the backward pass
     assert loss == want
     torch.testing.assert_close(gradient, want_gradient)
 
