@@ -519,7 +519,7 @@ def bench_kill(args):
             lives = 0
             while lives < args.kills:
                 lives += kill_once(args, flags, killed, rng)
-            steps = read_steps(killed)[-1] + 3
+            steps = len(read_steps(killed)) + 3
             finish(args, flags, killed, steps)
             finish(args, flags, straight, steps)
             model = "adapter_model.safetensors" if name == "LoRA" else "model.safetensors"
@@ -546,7 +546,8 @@ def kill_once(args, flags, out, rng):
     """Kill -9 a run: mostly a moment after its first new step, sometimes while it still loads."""
     process = begin(args, flags, out, 10 ** 6)
     before = len(read_steps(out))
-    while rng.random() < 0.99 and process.poll() is None and len(read_steps(out)) <= before:
+    is_late = rng.random() < 0.8
+    while is_late and process.poll() is None and len(read_steps(out)) <= before:
         time.sleep(0.1)
     time.sleep(rng.uniform(0, 1))
     process.kill()
